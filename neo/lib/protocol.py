@@ -168,9 +168,8 @@ PackOrder = tuple[Tid, bool | None, bool, Sequence[Oid] | bytes | None, Tid]
 class Packet(Generic[P]):
     """One kind of packet.
 
-    `arity` and `valid(args)` check what was received; `handler` is the name of the
-    method that gets it; `survives`: a request that is processed even if its connection
-    was closed here before.
+    `valid(args)` checks what was received; `handler` is the name of the method that
+    gets it.
     """
 
     def __init__(
@@ -178,12 +177,10 @@ class Packet(Generic[P]):
         code: int,
         route: str,
         answer: Packet[...] | None,
-        survives: bool,
         declare: Callable[P, None],
     ) -> None:
         assert code not in BY_CODE, (hex(code), declare.__name__)
         self.code, self.route, self.answer = code, route, answer
-        self.survives = survives
         self.name = declare.__name__
         self.doc = declare.__doc__ or ""
         self.handler = snake(self.name)
@@ -221,11 +218,9 @@ def packet(
     code: int,
     route: str,
     answer: Packet[...] | None = None,
-    *,
-    survives: bool = False,
 ) -> Callable[[Callable[P, None]], Packet[P]]:
     """Declare a packet as the signature of its arguments."""
-    return lambda declare: Packet(code, route, answer, survives, declare)
+    return lambda declare: Packet(code, route, answer, declare)
 
 
 # --- validation -----------------------------------------------------------------
@@ -449,7 +444,7 @@ def AnswerTransactionFinished(ttid: Tid, tid: Tid) -> None:
     """The transaction is committed."""
 
 
-@packet(0x14, "C -> M", AnswerTransactionFinished, survives=True)
+@packet(0x14, "C -> M", AnswerTransactionFinished)
 def AskFinishTransaction(
     ttid: Tid,
     oids: Sequence[Oid],
@@ -465,7 +460,7 @@ def AnswerInformationLocked(ttid: Tid) -> None:
     """The lock is durable."""
 
 
-@packet(0x15, "M -> S", AnswerInformationLocked, survives=True)
+@packet(0x15, "M -> S", AnswerInformationLocked)
 def AskLockInformation(ttid: Tid, tid: Tid, pack: bool) -> None:
     """Second phase: record the final tid."""
 
@@ -641,12 +636,12 @@ def AskNodeList(node_type: NodeType | None) -> None:
     """List nodes, all or of one type."""
 
 
-@packet(0x26, "ctl -> A -> M", Error, survives=True)
+@packet(0x26, "ctl -> A -> M", Error)
 def SetNodeState(nid: Nid, state: NodeState) -> None:
     """Kill (DOWN) or drop (UNKNOWN) a node."""
 
 
-@packet(0x27, "ctl -> A -> M", Error, survives=True)
+@packet(0x27, "ctl -> A -> M", Error)
 def AddPendingNodes(nids: Sequence[Nid]) -> None:
     """Make pending storages members of the cluster."""
 
@@ -661,12 +656,12 @@ def TweakPartitionTable(dry_run: bool, nids: Sequence[Nid]) -> None:
     """Balance the table over the members, `nids` left untouched."""
 
 
-@packet(0x29, "ctl -> A -> M", Error, survives=True)
+@packet(0x29, "ctl -> A -> M", Error)
 def SetNumReplicas(num_replicas: UInt) -> None:
     """Change the wanted number of replicas."""
 
 
-@packet(0x2A, "ctl -> A -> M", Error, survives=True)
+@packet(0x2A, "ctl -> A -> M", Error)
 def SetClusterState(state: ClusterState) -> None:
     """Request a phase."""
 

@@ -1,0 +1,144 @@
+"""Bytes <-> packets: msgpack streams, decoded without trusting the peer's lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from msgpack import OutOfData, Packer, Unpacker, unpackb
+
+from .protocol import decode_extension
+
+Message = tuple[int, int, tuple[Any, ...]]
+
+# One for the process: packing runs no Python code, so nothing can interleave with it.
+pack = Packer().pack
+
+# The fast decoder allocates an array when it meets its header. What declares more
+# elements than this is decoded once all its bytes are there instead.
+_FAST_ELEMENTS = 4096
+_OPTIONS: dict[str, Any] = {
+    "use_list": False,
+    "raw": False,
+    "strict_map_key": False,
+    "ext_hook": decode_extension,
+}
+
+
+class Malformed(ValueError):
+    """The stream is no sequence of packets."""
+
+
+class Decoder:
+    """Cuts a stream of bytes into messages.
+
+    Memory is bounded by `limit`, the bytes that may be kept of one incomplete message,
+    whatever lengths its headers declare.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._fast: Unpacker | None = self._new_fast()
+        self._chunks: list[bytes] = []  # since the start of the incomplete message
+        self._size = 0
+        self._start = 0  # of that message in its first chunk
+        self._fed = 0  # bytes given to the fast decoder before the first chunk
+        self._scanner: Unpacker | None = None
+        self._scanned = 0
+
+    def _new_fast(self) -> Unpacker:
+        return Unpacker(
+            max_buffer_size=0x7FFFFFFF,
+            max_array_len=_FAST_ELEMENTS,
+            max_map_len=_FAST_ELEMENTS,
+            **_OPTIONS,
+        )
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Yield the messages completed by `data`; Malformed if they can't be decoded."""
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._fast is None:
+            yield from self._slow()
+            return
+        fast = self._fast
+        fast.feed(data)
+        try:
+            while True:
+                message = fast.unpack()
+                self._start = fast.tell() - self._fed
+                yield _checked(message)
+        except OutOfData:
+            pass
+        except Malformed:
+            raise
+        except ValueError as error:
+            if "exceeds max_" not in str(error):
+                raise Malformed(str(error)) from None
+            self._fast = None
+            yield from self._slow()
+            return
+        except Exception as error:  # whatever a hostile stream makes msgpack raise
+            raise Malformed(f"{type(error).__name__}: {error}") from None
+        if self._start == self._size:
+            self._fed += self._size
+            self._chunks.clear()
+            self._size = self._start = 0
+        elif self._size - self._start > self.limit:
+            raise Malformed(f"message larger than {self.limit} bytes")
+
+    def _slow(self) -> Iterator[Message]:
+        """Find where messages end before any of their arrays is allocated."""
+        if self._scanner is None:
+            self._scanner = Unpacker(max_buffer_size=0x7FFFFFFF)
+            data = b"".join(self._chunks)[self._start :]
+            self._chunks = [data]
+            self._size = len(data)
+            self._start = self._scanned = 0
+        else:
+            data = self._chunks[-1]
+        self._scanner.feed(data)
+        ends = []
+        try:
+            while True:
+                self._scanner.skip()
+                ends.append(self._scanner.tell() - self._scanned)
+        except OutOfData:
+            pass
+        except Exception as error:
+            raise Malformed(f"{type(error).__name__}: {error}") from None
+        if ends:
+            data = b"".join(self._chunks)
+            start = 0
+            view = memoryview(data)
+            for end in ends:
+                try:
+                    message = unpackb(view[start:end], **_OPTIONS)
+                except Exception as error:
+                    raise Malformed(f"{type(error).__name__}: {error}") from None
+                start = end
+                yield _checked(message)
+            self._scanned += start
+            self._chunks = [data[start:]]
+            self._size = len(data) - start
+        if not self._size:
+            self._chunks.clear()
+            self._scanner = None
+            self._fast = self._new_fast()
+            self._fed = 0
+        elif self._size > self.limit:
+            raise Malformed(f"message larger than {self.limit} bytes")
+
+
+def _checked(message: Any) -> Message:
+    """`message` if it is [id, code, arguments]."""
+    if type(message) is tuple and len(message) == 3:
+        msg_id, code, args = message
+        if (
+            type(msg_id) is int
+            and type(code) is int
+            and type(args) is tuple
+            and 0 <= msg_id <= 0xFFFFFFFF
+        ):
+            return message
+    raise Malformed(f"not a packet: {ascii(message)[:80]}")

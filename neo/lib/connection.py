@@ -1,0 +1,442 @@
+"""One peer as a state machine: bytes in, packets; ask, answer, notify, bytes out.
+
+Life: created by a Runtime, `established()` once bytes can flow, `receive()` for what
+arrives, `lost()` when the peer is gone. Node logic calls `close()` (at once) or `abort()`
+(no more input, output flushed). `handler.closed()` follows exactly once, whoever closes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from .codec import Decoder, Malformed, Message, pack
+from .exception import ProtocolError
+from .handler import Closing, Handler, Refused, refuse
+from .node import nid_str
+from .protocol import (
+    BY_CODE,
+    HANDSHAKE,
+    MAX_MESSAGE_ID,
+    PROTOCOL_VERSION,
+    RESPONSE,
+    Error,
+    ErrorCode,
+    Packet,
+    Ping,
+)
+from .util import Address, format_address
+
+if TYPE_CHECKING:
+    from .logger import Logger
+    from .node import Node
+    from .runtime import Runtime, Transport
+
+P = ParamSpec("P")
+
+# Bytes that one peer may cost: before it is identified, and then.
+INPUT_LIMIT_UNKNOWN = 1 << 16
+LIMIT = 256 << 20
+
+_ERROR = Error.code
+_CLOSING = Closing()
+
+
+class Request:
+    """A question that waits for its answer.
+
+    Without callbacks, the answer goes to the method of the handler that asked; if that
+    handler was replaced meanwhile (its phase is over), it is dropped.
+    """
+
+    __slots__ = ("done", "failed", "handler", "over", "packet")
+
+    def __init__(self, packet: Packet[...], handler: Handler) -> None:
+        self.packet = packet
+        self.handler = handler
+        self.done: Callable[..., object] | None = None
+        self.failed: Callable[[int | None, str], object] | None = None
+        self.over = False
+
+    def then(
+        self,
+        done: Callable[..., object],
+        failed: Callable[[int | None, str], object] | None = None,
+    ) -> Request:
+        """Call `done(*arguments)` with the answer, or `failed(code, text)`.
+
+        `code` is the error's, or None if the connection is gone: then `failed` is
+        called, at once if that happened before. For a request that is answered by
+        Error, ACK calls `done(text)`.
+        """
+        self.done, self.failed = done, failed
+        if self.over and failed is not None:
+            failed(None, "connection closed")
+        return self
+
+
+class Reply:
+    """The right to answer one request later (`Connection.defer`)."""
+
+    __slots__ = ("conn", "msg_id")
+
+    def __init__(self, conn: Connection, msg_id: int) -> None:
+        self.conn = conn
+        self.msg_id = msg_id
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.conn.closed
+
+    def answer(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
+        """Send the answer."""
+        self.conn.send(packet, self.msg_id, args)
+
+    def error(self, code: ErrorCode, text: str = "") -> None:
+        """Send an Error as answer."""
+        self.conn.error(self.msg_id, code, text)
+
+    def refuse(self, error: Refused) -> None:
+        """Send what `error` stands for."""
+        refuse(self.conn, self.msg_id, error)
+
+
+class Connection:
+    """One peer. `node` is who it is, once identified."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        transport: Transport,
+        address: Address,
+        handler: Handler,
+        incoming: bool,
+    ) -> None:
+        self.runtime = runtime
+        self.log: Logger = runtime.log
+        self.transport = transport
+        self.address = address
+        self.handler = handler
+        self.incoming = incoming
+        self.node: Node | None = None
+        self.closed = False  # for node logic; output may still be flushed
+        self.is_established = False
+        self.packets_received = 0
+        self.message_id = 0  # of the packet being handled
+        self.out: list[bytes] = []
+        self.out_size = 0
+        self.last_received = 0.0
+        self.reason = ""  # why it was closed, for messages
+        self._peer = f"None ({format_address(address)})"
+        self._decoder = Decoder(INPUT_LIMIT_UNKNOWN)
+        self._handshake = b""
+        self._next_id = 0
+        self._pending: dict[int, Request] = {}
+        self._paused: deque[Message] | None = None
+
+    def __str__(self) -> str:
+        return self._peer
+
+    def __repr__(self) -> str:
+        return f"<Connection {'from' if self.incoming else 'to'} {self._peer}>"
+
+    # --- identity -----------------------------------------------------------------
+
+    def set_node(self, node: Node | None) -> None:
+        """Say who the peer is; it may then send more than a greeting."""
+        self.node = node
+        self._peer = f"{nid_str(node.nid if node else None)} ({format_address(self.address)})"
+        self.trust()
+
+    def trust(self) -> None:
+        """Lift the limit on the size of what the peer sends."""
+        self._decoder.limit = LIMIT
+
+    @property
+    def pending(self) -> int:
+        """Number of answers owed by the peer."""
+        return len(self._pending)
+
+    # --- output -------------------------------------------------------------------
+
+    def send(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> None:
+        """Queue a packet; dropped if the connection is closed."""
+        if self.closed:
+            return
+        data = pack((msg_id, packet.code, args))
+        if self.log.tracing:
+            self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if not self.out:
+            self.transport.flush_soon()
+        self.out.append(data)
+        self.out_size += len(data)
+        if self.out_size > LIMIT:
+            self._end(f"the peer does not read: {self.out_size} bytes queued")
+            self.transport.close()
+
+    def _new_id(self) -> int:
+        msg_id = self._next_id
+        self._next_id = (msg_id + 1) & MAX_MESSAGE_ID
+        return msg_id
+
+    def ask(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> Request:
+        """Send a request; see Request for where the answer goes."""
+        request = Request(packet, self.handler)
+        if self.closed:
+            request.over = True
+            return request
+        msg_id = self._new_id()
+        self._pending[msg_id] = request
+        self.send(packet, msg_id, args)
+        return request
+
+    def notify(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
+        """Send a notification."""
+        if not self.closed:
+            self.send(packet, self._new_id(), args)
+
+    def notify_encoded(
+        self, packet: Packet[P], tail: bytes, *args: P.args, **_: P.kwargs
+    ) -> None:
+        """As `notify`, with what `encode_tail` made: once for many peers."""
+        if self.closed:
+            return
+        msg_id = self._new_id()
+        data = b"\x93" + pack(msg_id) + tail
+        if self.log.tracing:
+            self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
+        self._write(data)
+
+    def answer(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
+        """Answer the request being handled."""
+        self.send(packet, self.message_id, args)
+
+    def defer(self) -> Reply:
+        """Take the right to answer the request being handled later."""
+        return Reply(self, self.message_id)
+
+    def error(self, msg_id: int, code: ErrorCode, text: str = "") -> None:
+        """Send an Error as response to packet `msg_id` of the peer."""
+        self.send(Error, msg_id, (int(code), text.encode()))
+
+    def acknowledge(self, text: str = "") -> None:
+        """Answer the request being handled with success."""
+        self.error(self.message_id, ErrorCode.ACK, text)
+
+    def take(self) -> bytes:
+        """What must be sent now, for the transport."""
+        out = self.out
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self.out = []
+        return data
+
+    def sent(self, size: int) -> None:
+        """`size` bytes left for the peer."""
+        self.out_size -= size
+
+    # --- life -----------------------------------------------------------------------
+
+    def established(self) -> None:
+        """Bytes can flow: greet, and let the one who connects go on."""
+        self.is_established = True
+        self.last_received = self.runtime.monotonic()
+        self._write(HANDSHAKE)
+        if not self.incoming:
+            self.handler.connected(self)
+
+    def close(self, reason: str = "closed here") -> None:
+        """Close at once; queued output is dropped."""
+        if not self.closed:
+            self._end(reason)
+            self.transport.close()
+
+    def abort(self, reason: str = "closed here") -> None:
+        """Process no more input, send what is queued, then close."""
+        if not self.closed:
+            self._end(reason)
+            self.transport.finish()
+
+    def lost(self, reason: str) -> None:
+        """The peer closed, or couldn't be reached (the transport is closed already)."""
+        if not self.closed:
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        self.closed = True
+        self.reason = reason
+        self._paused = None
+        handler, self.handler = self.handler, _CLOSING
+        pending, self._pending = self._pending, {}
+        self.log.debug("%s: connection closed: %s", self, reason)
+        handler.closed(self)
+        for request in pending.values():
+            request.over = True
+            if request.failed is not None:
+                request.failed(None, reason)
+
+    def watch_silence(
+        self, ping_after: float, limit: float, *, only_if_owed: bool = False
+    ) -> None:
+        """Close the connection if the peer sends no byte for `limit` seconds.
+
+        A Ping goes out after `ping_after`. `only_if_owed`: only while an answer is due.
+        """
+
+        def tick() -> None:
+            if self.closed:
+                return
+            now = self.runtime.monotonic()
+            if only_if_owed and not self._pending:
+                self.last_received = max(self.last_received, now - ping_after)
+            silence = now - self.last_received
+            if silence >= limit:
+                self.log.warning("%s: silent for %.0f s: closed", self, silence)
+                self.close("silent")
+                return
+            if silence >= ping_after:
+                self.ask(Ping).then(lambda: None)
+            self.runtime.call_later(
+                ping_after if silence < ping_after else limit - silence, tick
+            )
+
+        self.runtime.call_later(ping_after, tick)
+
+    # --- input ----------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Keep what is received, undispatched and in order, until `resume`."""
+        if self._paused is None and not self.closed:
+            self._paused = deque()
+
+    def resume(self) -> None:
+        """Dispatch what was kept, and go on."""
+        kept, self._paused = self._paused, None
+        while kept and not self.closed:
+            if self._paused is not None:
+                self._paused.extend(kept)
+                return
+            self._dispatch(*kept.popleft())
+
+    def receive(self, data: bytes) -> None:
+        """Handle bytes of the peer."""
+        self.last_received = self.runtime.monotonic()
+        if self._handshake is not None and not self.closed:
+            data = self._greeting(data)
+            if not data:
+                return
+        try:
+            for msg_id, code, args in self._decoder.feed(data):
+                if self._paused is not None:
+                    self._paused.append((msg_id, code, args))
+                else:
+                    self._dispatch(msg_id, code, args)
+        except Malformed as error:
+            if not self.closed:
+                self.log.throttled(
+                    ("malformed", self.address[0]),
+                    30,
+                    "%s: closed, invalid data: %s",
+                    self,
+                    error,
+                )
+                self.close(f"invalid data: {error}")
+
+    def _greeting(self, data: bytes) -> bytes:
+        """Check the first bytes of the stream; return what follows them."""
+        received = self._handshake + data
+        if received[: len(HANDSHAKE)] == HANDSHAKE:
+            self._handshake = None  # type: ignore[assignment]
+            return received[len(HANDSHAKE) :]
+        if HANDSHAKE.startswith(received):
+            self._handshake = received
+            return b""
+        if received.startswith(HANDSHAKE[:-1]):
+            text = (
+                f"Protocol version mismatch: {PROTOCOL_VERSION} expected, "
+                f"the peer speaks {received[len(HANDSHAKE) - 1]}"
+            )
+        elif received[0] == 0x16 or received.startswith(b"\x15\x03"):
+            text = "the peer speaks TLS, and this node does not"
+        else:
+            text = f"the peer does not speak NEO: {received[:16]!r}"
+        self.log.throttled(
+            ("greeting", self.address[0], text[:20]), 30, "%s: closed: %s", self, text
+        )
+        self.close(text)
+        return b""
+
+    def _dispatch(self, msg_id: int, code: int, args: tuple[Any, ...]) -> None:
+        packet = BY_CODE.get(code)
+        if packet is None:
+            raise Malformed(f"unknown packet code {code:#x}")
+        if self.closed:
+            return
+        if self.log.tracing:
+            self.log.packet(False, self._peer, msg_id, code, args, 0)
+        self.packets_received += 1
+        self.message_id = msg_id
+        try:
+            if not packet.valid(args):
+                raise ProtocolError(packet.explain(args))
+            if code & RESPONSE:
+                self._response(packet, msg_id, args)
+            else:
+                entry = self.handler.table.get(code)
+                if entry is None:
+                    raise ProtocolError(
+                        f"{packet.name} unexpected by {type(self.handler).__name__}"
+                    )
+                entry[1](self, *args)
+        except Refused as error:
+            refuse(self, msg_id, error)
+        except ProtocolError as error:
+            if not self.closed:
+                self.log.throttled(
+                    ("protocol", packet.name, self.address[0]),
+                    30,
+                    "%s: closed: %s",
+                    self,
+                    error,
+                )
+                self.error(msg_id, ErrorCode.PROTOCOL_ERROR, str(error))
+                self.abort(str(error))
+
+    def _response(
+        self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]
+    ) -> None:
+        request = self._pending.get(msg_id)
+        if packet.code == _ERROR:
+            code, text = args[0], args[1].decode(errors="replace")
+            if request is None:
+                self.handler.error(self, None, code, text)
+                return
+            del self._pending[msg_id]
+            if request.packet.answer is Error and code == ErrorCode.ACK:
+                if request.done is not None:
+                    request.done(text)
+            elif request.failed is not None:
+                request.failed(code, text)
+            elif request.handler is self.handler:
+                self.handler.error(self, request.packet, code, text)
+            return
+        if request is None or request.packet.answer is not packet:
+            raise ProtocolError(f"{packet.name} {msg_id} answers no request")
+        del self._pending[msg_id]
+        if request.done is not None:
+            request.done(*args)
+        elif request.handler is self.handler:
+            entry = self.handler.table.get(packet.code)
+            if entry is None:
+                raise ProtocolError(f"{packet.name} unexpected")
+            entry[1](self, *args)
+
+
+def encode_tail(packet: Packet[P], *args: P.args, **_: P.kwargs) -> bytes:
+    """Code and arguments of a notification, encoded once for `notify_encoded`."""
+    data = pack(packet.code) + pack(args)
+    return data  # type: ignore[no-any-return]
