@@ -1,0 +1,71 @@
+"""neostorage: run a storage node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neo.lib.config import Settings
+from neo.lib.epoll import EpollRuntime
+from neo.lib.exception import ConfigurationError
+from neo.scripts import daemon
+
+
+def build(runtime: EpollRuntime, settings: Settings) -> daemon.Application:
+    """Open the database and make the node."""
+    from neo.storage.app import StorageNode, StorageOptions  # --help needs no node
+    from neo.storage.database import open_database
+
+    masters, save_masters = daemon.known_masters(settings, runtime.log)
+    backend = open_database(
+        settings.adapter,
+        settings.database,
+        wait=settings.wait,
+        dedup=settings.dedup,
+        warn=runtime.log.warning,
+    )
+    return StorageNode(
+        runtime,
+        backend,
+        StorageOptions(
+            cluster=settings.cluster,
+            bind=settings.bind,
+            advertise=settings.advertise,
+            masters=masters,
+            nid=settings.nid,
+            new_nid=settings.new_nid,
+            reset=settings.reset,
+            disable_pack=settings.disable_pack,
+            disable_drop_partitions=settings.disable_drop_partitions,
+            max_refusals=settings.max_refusals,
+            limits=settings.limits,
+            save_masters=save_masters,
+        ),
+    )
+
+
+def check(settings: Settings) -> None:
+    """Refuse what this version can't open. Raises ConfigurationError."""
+    if settings.adapter != "SQLite":
+        where = settings.origins["adapter"]
+        raise ConfigurationError(
+            f"adapter {settings.adapter} ({where}) is not available in this version:"
+            " use --adapter SQLite"
+        )
+    if settings.engine:
+        raise ConfigurationError(
+            f"engine {settings.engine} is for MySQL, the adapter is {settings.adapter}"
+        )
+    if settings.new_nid and settings.reset:
+        raise ConfigurationError("new-nid and reset exclude each other")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    return daemon.main(
+        "neostorage",
+        "Run a storage node of a NEO cluster, in the foreground.",
+        daemon.STORAGE,
+        build,
+        argv,
+        check_more=check,
+    )
