@@ -939,3 +939,27 @@ def NotifyMonitorInformation(info: Mapping[bytes, Any]) -> None:
 @packet(0x49, "backup M -> A")
 def NotifyUpstreamAdmin(address: WireAddress) -> None:
     """Admin of the upstream cluster that monitors this one."""
+
+
+# --- beyond protocol 5 ------------------------------------------------------------
+#
+# Used only between nodes that both named the feature: the one that connects in the key
+# `features` of its `extra`, the one that accepts in NotifyFeatures.
+
+FEATURES = b"features"
+FEATURE_SIZE = b"size"
+
+
+@packet(0x7000, "S -> C")
+def NotifyFeatures(features: Sequence[bytes]) -> None:
+    """What the sender offers beyond protocol 5; right after AcceptIdentification."""
+
+
+@packet(0xF001, "S -> C")
+def AnswerSize(size: Annotated[int, Check("v >= 0")]) -> None:
+    """Bytes used by the database of the storage node."""
+
+
+@packet(0x7001, "C -> S", AnswerSize)
+def AskSize() -> None:
+    """Ask for the size of the database (feature `size`)."""
