@@ -19,6 +19,7 @@ import math
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -562,7 +563,8 @@ def _parse_arguments(
     add_options(parser, options)
     arguments = parser.parse_args(argv)
     if arguments.version:
-        parser.exit(0, f"{prog} {version()}\n")
+        sys.stdout.write(f"{prog} {version()}\n")
+        raise SystemExit(0)
     return arguments
 
 

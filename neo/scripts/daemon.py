@@ -310,8 +310,8 @@ def check(settings: Settings) -> None:
     if settings.advertise is None:
         if settings.bind[0] in _WILDCARDS:
             settings.warnings.append(
-                f"bind {format_address(settings.bind)} is told to the other nodes, which"
-                " can't connect to it: set advertise"
+                f"bind {format_address(settings.bind)} is told to the other nodes,"
+                " which can't connect to it: set advertise"
             )
     elif settings.advertise[0] in _WILDCARDS:
         raise ConfigurationError(
@@ -387,8 +387,7 @@ def main(
             log.warning("%s", warning)
         return _run(settings, log, build)
     except (ConfigurationError, BackendError) as e:
-        log.console = False  # said below
-        log.error("%s", e)
+        log.info("exit: %s", e)  # the console gets the line below
         return _fail(prog, e, settings.debug)
     except Exception as e:
         log.exception("internal error, please report")
@@ -402,7 +401,7 @@ def _run(settings: Settings, log: Logger, build: Build) -> int:
     paths = check_tls(settings.ca, settings.cert, settings.key)
     runtime = EpollRuntime(log=log, tls=TLS(*paths) if paths else None)
     node = build(runtime, settings)
-    install_signals(log, node.dump)
+    install_signals(log, lambda: runtime.call_soon_threadsafe(node.dump))
     try:
         node.start()
     except OSError as e:
