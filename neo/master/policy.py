@@ -200,6 +200,9 @@ def _assign(
     """Give one pattern to each node: (index of node, pattern), in order of processing.
 
     None if there is no way to respect the topology, or if it is too hard to find.
+    The first two searches are those of behaviour 4.4. On a regular layout of several
+    disks by host, the topology can make both lose themselves in a dead end; the other
+    two take the hosts in turn, which suits the way patterns are dealt.
     """
     nodes = range(len(holdings))
     keep = [[p for p in patterns if not node.kept & ~p] for node in holdings]
@@ -220,7 +223,27 @@ def _assign(
         return min(readable) - max(readable), min(other) - max(other), node
 
     candidates = [sorted(patterns, key=costs.__getitem__) for costs in moves]
-    return _search(sorted(nodes, key=spread), candidates, patterns, topology)
+    found = _search(sorted(nodes, key=spread), candidates, patterns, topology)
+    if found or topology is None:
+        return found
+    turns = _in_turn(nodes, topology.levels)
+    return _search(turns, candidates, patterns, topology) or _search(
+        turns, [list(patterns)] * len(holdings), patterns, topology
+    )
+
+
+def _in_turn(nodes: Sequence[int], levels: Sequence[_Level]) -> list[int]:
+    """Order nodes so that neighbours are as far away as possible in the topology."""
+    if not levels:
+        return list(nodes)
+    groups: dict[Path, list[int]] = {}
+    for node in nodes:
+        groups.setdefault(levels[0].groups[node], []).append(node)
+    turns = []
+    for index, group in enumerate(groups.values()):
+        for rank, node in enumerate(_in_turn(group, levels[1:])):
+            turns.append(((2 * rank + 1) / len(group), index, node))
+    return [node for _, _, node in sorted(turns)]
 
 
 class _Matching:

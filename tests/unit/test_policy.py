@@ -334,3 +334,54 @@ def test_replicated_keeps_enough(
     assert all(before[n] is CellState.FEEDING for n in removed)
     if any(state not in READABLE for state in after.values()) and removed:
         assert readable(after) >= replicas
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize(("hosts", "disks"), [(10, 5), (25, 2), (5, 10), (50, 1)])
+def test_replicas_are_on_different_hosts(hosts: int, disks: int, replicas: int) -> None:
+    """Regular layouts are solved, also when a host is added to a big table."""
+
+    def layout(hosts: int) -> dict[int, Path]:
+        return {
+            host * disks + disk + 1: (b"host%d" % host, b"disk%d" % disk)
+            for host in range(hosts)
+            for disk in range(disks)
+        }
+
+    rows, resilient = policy.create(1000, replicas, layout(hosts))
+    assert resilient
+    nodes = layout(hosts + 1)
+    tweaked = policy.tweak(rows, replicas, nodes)
+    assert tweaked.resilient
+    for table in rows, replicate(applied(rows, tweaked.cells), replicas):
+        for row in table:
+            assert len({nodes[nid][0] for nid in row}) == len(row) == replicas + 1
+
+
+def test_racks_then_hosts() -> None:
+    """With less racks than replicas, they share the cells evenly; hosts differ."""
+    nodes: dict[int, Path] = {
+        nid: (b"rack%d" % (nid % 2), b"host%d" % (nid // 2 % 4)) for nid in range(1, 17)
+    }
+    rows, resilient = policy.create(96, 3, nodes)
+    assert resilient
+    for row in rows:
+        racks = [nodes[nid][0] for nid in row]
+        assert racks.count(b"rack0") == racks.count(b"rack1") == 2
+        assert len({nodes[nid] for nid in row}) == 4
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(2, 9), st.data())
+def test_topology_limits(
+    partitions: int, replicas: int, count: int, data: st.DataObject
+) -> None:
+    """If it says that the table is resilient, no host has more cells than it must."""
+    hosts = st.sampled_from([(b"a",), (b"b",), (b"c",), (b"d",)])
+    nodes: dict[int, Path] = {nid: data.draw(hosts) for nid in range(1, count + 1)}
+    rows, resilient = policy.create(partitions, replicas, nodes)
+    if not resilient:
+        return
+    distinct = len(set(nodes.values()))
+    for row in rows:
+        held = [nodes[nid] for nid in row]
+        assert max(map(held.count, held)) <= -(-len(row) // distinct)
