@@ -43,24 +43,29 @@ def repeated(text: str, partitions: int) -> str:
     return "|".join(rows[p % len(rows)] for p in range(partitions))
 
 
-def applied(rows: Table, cells: list[Cell]) -> Table:
+def apply(rows: Table, cells: list[Cell]) -> None:
     assert len({cell[:2] for cell in cells}) == len(cells), cells
-    result = [dict(row) for row in rows]
     for partition, nid, state in cells:
         if state is CellState.DISCARDED:
-            del result[partition][nid]
+            del rows[partition][nid]
         else:
-            assert result[partition].get(nid) is not state, (partition, nid, state)
-            result[partition][nid] = state
+            assert rows[partition].get(nid) is not state, (partition, nid, state)
+            rows[partition][nid] = state
+
+
+def applied(rows: Table, cells: list[Cell]) -> Table:
+    result = [dict(row) for row in rows]
+    apply(result, cells)
     return result
 
 
 def replicate(rows: Table, replicas: int) -> Table:
     """Finish all replications, partition by partition."""
-    for partition in range(len(rows)):
-        for nid in sorted(rows[partition]):
-            if rows[partition].get(nid) is CellState.OUT_OF_DATE:
-                rows = applied(rows, policy.replicated(rows, replicas, partition, nid))
+    rows = [dict(row) for row in rows]
+    for partition, row in enumerate(rows):
+        for nid in sorted(row):
+            if row.get(nid) is CellState.OUT_OF_DATE:
+                apply(rows, policy.replicated(rows, replicas, partition, nid))
     return rows
 
 
