@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from msgpack import OutOfData, Packer, Unpacker, unpackb
+from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
 
 from .protocol import decode_extension
 
@@ -23,6 +23,9 @@ _OPTIONS: dict[str, Any] = {
     "strict_map_key": False,
     "ext_hook": decode_extension,
 }
+
+# What msgpack raises on a hostile stream: too deep, unhashable keys, bad UTF-8...
+HOSTILE = (ValueError, TypeError, UnpackException, RecursionError, MemoryError)
 
 
 class Malformed(ValueError):
@@ -55,7 +58,7 @@ class Decoder:
         )
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield the messages completed by `data`; Malformed if they can't be decoded."""
+        """Yield the messages that `data` completes; Malformed otherwise."""
         self._chunks.append(data)
         self._size += len(data)
         if self._fast is None:
@@ -78,7 +81,7 @@ class Decoder:
             self._fast = None
             yield from self._slow()
             return
-        except Exception as error:  # whatever a hostile stream makes msgpack raise
+        except HOSTILE as error:
             raise Malformed(f"{type(error).__name__}: {error}") from None
         if self._start == self._size:
             self._fed += self._size
@@ -105,7 +108,7 @@ class Decoder:
                 ends.append(self._scanner.tell() - self._scanned)
         except OutOfData:
             pass
-        except Exception as error:
+        except HOSTILE as error:
             raise Malformed(f"{type(error).__name__}: {error}") from None
         if ends:
             data = b"".join(self._chunks)
@@ -114,7 +117,7 @@ class Decoder:
             for end in ends:
                 try:
                     message = unpackb(view[start:end], **_OPTIONS)
-                except Exception as error:
+                except HOSTILE as error:
                     raise Malformed(f"{type(error).__name__}: {error}") from None
                 start = end
                 yield _checked(message)

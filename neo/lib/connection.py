@@ -1,8 +1,9 @@
 """One peer as a state machine: bytes in, packets; ask, answer, notify, bytes out.
 
 Life: created by a Runtime, `established()` once bytes can flow, `receive()` for what
-arrives, `lost()` when the peer is gone. Node logic calls `close()` (at once) or `abort()`
-(no more input, output flushed). `handler.closed()` follows exactly once, whoever closes.
+arrives, `lost()` when the peer is gone. Node logic calls `close()` (at once) or
+`abort()` (no more input, output flushed). `handler.closed()` follows exactly once,
+whoever closes.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ class Connection:
     def set_node(self, node: Node | None) -> None:
         """Say who the peer is; it may then send more than a greeting."""
         self.node = node
-        self._peer = f"{nid_str(node.nid if node else None)} ({format_address(self.address)})"
+        self._peer = (
+            f"{nid_str(node.nid if node else None)} ({format_address(self.address)})"
+        )
         self.trust()
 
     def trust(self) -> None:
@@ -438,5 +441,4 @@ class Connection:
 
 def encode_tail(packet: Packet[P], *args: P.args, **_: P.kwargs) -> bytes:
     """Code and arguments of a notification, encoded once for `notify_encoded`."""
-    data = pack(packet.code) + pack(args)
-    return data  # type: ignore[no-any-return]
+    return bytes(pack(packet.code) + pack(args))

@@ -108,7 +108,7 @@ class Worker(threading.Thread):
             job, done = item
             try:
                 result = job()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # `done` decides
                 result = error
             self.loop.call_soon_threadsafe(lambda d=done, r=result: d(r))  # type: ignore[misc]
             del item, job, done, result
@@ -314,7 +314,7 @@ class EpollRuntime:
             os.close(self._waker)
             self.poller.close()
 
-    # --- accepting ----------------------------------------------------------------------
+    # --- accepting -----------------------------------------------------------------
 
     def _accept(
         self, listener: socket.socket, accept: Callable[[Connection], object]
@@ -326,9 +326,7 @@ class EpollRuntime:
                 return
             except OSError as error:
                 # Most often: too many open files. What is connected goes on.
-                self.log.throttled(
-                    "accept", 30, "cannot accept connections: %s", error
-                )
+                self.log.throttled("accept", 30, "cannot accept connections: %s", error)
                 self.poller.unregister(listener)
                 self._suspended.append(listener)
                 self.call_later(ACCEPT_RETRY, self.accept_again)

@@ -37,7 +37,7 @@ def denied(text: str) -> Refused:
 class Handler:
     """What one kind of peer may say in one state.
 
-    A method named as a packet (`ask_object`) receives it as `(conn, *arguments)`; what
+    A method named as a packet (`ask_object`) gets it as `(conn, *arguments)`; what
     has no method is refused: PROTOCOL_ERROR and the connection is closed. A method may
     raise Refused. An instance serves any number of connections. `node` of the packet's
     sender is `conn.node`.
@@ -65,7 +65,7 @@ class Handler:
     def error(
         self, conn: Connection, packet: Packet[...] | None, code: int, text: str
     ) -> None:
-        """Error to a request (`packet`) that named no callback, or to nothing (None)."""
+        """Error to request `packet` that has no callback, or to nothing (None)."""
         if code not in (ErrorCode.ACK, ErrorCode.PROTOCOL_ERROR):
             raise ProtocolError(f"unexpected error {code}: {text}")
         conn.log.info("%s: error %s: %s", conn, code, text)

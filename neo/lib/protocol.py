@@ -15,8 +15,16 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum
-from typing import Annotated, Any, Generic, ParamSpec, Union, get_args, get_origin
-from typing import get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    ParamSpec,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from msgpack import ExtType, packb
 
@@ -210,8 +218,9 @@ SNAKE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 def snake(name: str) -> str:
     """AskCheckTIDRange -> ask_check_tid_range; AskTIDs -> ask_tids."""
-    return SNAKE.sub("_", name.replace("TIDs", "Tids").replace("OIDs", "Oids")
-                     .replace("IDs", "Ids")).lower()
+    return SNAKE.sub(
+        "_", name.replace("TIDs", "Tids").replace("OIDs", "Oids").replace("IDs", "Ids")
+    ).lower()
 
 
 def packet(
@@ -235,7 +244,7 @@ def _validator(fields: dict[str, Any]) -> Callable[[tuple[Any, ...]], bool]:
         if (text := _condition(hint, f"a[{i}]", scope, 0)) != "True"
     ]
     source = f"lambda a: {' and '.join(conditions)}"
-    validate: Callable[[tuple[Any, ...]], bool] = eval(source, scope)  # noqa: S307
+    validate: Callable[[tuple[Any, ...]], bool] = eval(source, scope)
     return validate
 
 
@@ -778,9 +787,7 @@ def AnswerCheckTIDRange(count: UInt, tid_checksum: Hash, max_tid: Tid) -> None:
 
 
 @packet(0x38, "S -> S", AnswerCheckTIDRange)
-def AskCheckTIDRange(
-    partition: UInt, length: UInt, min_tid: Tid, max_tid: Tid
-) -> None:
+def AskCheckTIDRange(partition: UInt, length: UInt, min_tid: Tid, max_tid: Tid) -> None:
     """Ask for a digest of transactions."""
 
 

@@ -70,8 +70,9 @@ class Runtime(Protocol):
         job: Callable[[], T],
         done: Callable[[T | Exception], object],
     ) -> None:
-        """Run blocking `job` off the loop, after those of its queue, then `done(result)`
-        on it. An exception of `job` is passed as the result.
+        """Run blocking `job` off the loop, in order per queue; `done` runs on it.
+
+        `done(result)`; an exception of `job` is passed as the result.
         """
 
     def buggify(self, name: str) -> bool:
@@ -93,7 +94,7 @@ class ClientRuntime(Runtime, Protocol):
         connections: Iterable[Connection] = (),
         timeout: float | None = None,
     ) -> bool:
-        """Let the world go on until `condition()`; false if `timeout` (seconds) came first.
+        """Let the world go on until `condition()`; false if `timeout` (s) came first.
 
         `connections` are those on which answers are expected: the calling thread reads
         them itself where nobody else does. The only place where the lock of the client
@@ -133,4 +134,3 @@ class Transport(Protocol):
 
     def finish(self) -> None:
         """Read no more, send what is queued, then close."""
-

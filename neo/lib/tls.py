@@ -97,7 +97,7 @@ class TLSStream:
             self._session.write(data)
 
     def read(self) -> bytes:
-        """Decrypt what came, b"" if there is no complete record. Raises ssl.SSLError."""
+        """Decrypt what came; b"" without a complete record. Raises ssl.SSLError."""
         chunks = []
         while True:
             try:

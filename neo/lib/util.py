@@ -94,7 +94,8 @@ def parse_address(text: str, default_port: int | None = None) -> Address:
         host, port = text.split(":")
     if not host or "," in host or "/" in host:
         raise ConfigurationError(
-            f"invalid address {text!r}: expected host:port (lists are separated by spaces)"
+            f"invalid address {text!r}: expected host:port"
+            " (lists are separated by spaces)"
         )
     if not port:
         if default_port is None:

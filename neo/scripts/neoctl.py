@@ -1,0 +1,655 @@
+"""neoctl: send a command to an admin node, and print its answer.
+
+Exit status: 0 success, 1 refused or impossible (one line on stderr), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, ParamSpec
+
+from neo.lib.config import (
+    ADMIN_PORT,
+    LOG_AND_TLS,
+    Parser,
+    add_options,
+    address,
+    check_tls,
+)
+from neo.lib.connection import Connection
+from neo.lib.epoll import EpollRuntime
+from neo.lib.exception import ConfigurationError, NeoError
+from neo.lib.handler import Handler
+from neo.lib.logger import Logger
+from neo.lib.node import (
+    format_date,
+    format_nodes,
+    format_partition_table,
+    format_rows,
+    nid_str,
+    parse_nid,
+)
+from neo.lib.protocol import (
+    READABLE,
+    ZERO_TID,
+    AddPendingNodes,
+    AskClusterState,
+    AskLastIDs,
+    AskMonitorInformation,
+    AskNodeList,
+    AskPartitionList,
+    AskPrimary,
+    AskRecovery,
+    CellState,
+    CheckReplicas,
+    ClusterState,
+    ErrorCode,
+    FlushLog,
+    NodeRow,
+    NodeState,
+    NodeType,
+    Packet,
+    Ping,
+    Repair,
+    SetClusterState,
+    SetNodeState,
+    SetNumReplicas,
+    Truncate,
+    TweakPartitionTable,
+)
+from neo.lib.tls import TLS
+from neo.lib.util import (
+    Address,
+    datetime_from_tid,
+    format_address,
+    p64,
+    tid_from_time,
+    u64,
+)
+
+P = ParamSpec("P")
+
+DEFAULT_ADMIN = f"127.0.0.1:{ADMIN_PORT}"
+POLL_INTERVAL = 0.2  # seconds, while --wait looks at the cluster
+RUNNING = (ClusterState.RUNNING, ClusterState.BACKINGUP)
+
+
+class CommandError(NeoError):
+    """The command failed: one line for stderr, exit status 1."""
+
+
+class LostError(CommandError):
+    """The connection to the admin is gone."""
+
+
+# --- the connection ---------------------------------------------------------------
+
+
+class Tool(Handler):
+    """A connection to an admin node, for one request after the other."""
+
+    def __init__(self, runtime: EpollRuntime, admin: Address) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.admin = admin
+        self.conn: Connection | None = None
+
+    def _connection(self) -> Connection:
+        if self.conn is None or self.conn.closed:
+            self.runtime.connection_succeeded(self.admin)
+            self.conn = conn = self.runtime.connect(self.admin, self)
+            conn.trust()
+            while not (conn.is_established or conn.closed):
+                self.runtime.turn()
+        return self.conn
+
+    def ask(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> Any:
+        """Arguments of the answer; the text, for an acknowledgement.
+
+        Raises CommandError: refused, or the admin can't be reached.
+        """
+        conn = self._connection()
+        if conn.closed:
+            raise LostError(
+                f"ERROR: not connected to admin {format_address(self.admin)}:"
+                f" {conn.reason}"
+            )
+        answers: list[tuple[int | None, Any]] = []
+        conn.ask(packet, *args, **_).then(
+            lambda *answer: answers.append((ErrorCode.ACK, answer)),
+            lambda code, text: answers.append((code, text)),
+        )
+        while not answers:
+            self.runtime.turn()
+        code, answer = answers[0]
+        if code == ErrorCode.ACK:
+            return answer
+        if code is None:
+            hint = ""
+            if not conn.packets_received and self.runtime.tls is None:
+                hint = " (does the admin require TLS?)"
+            raise LostError(f"ERROR: Connection closed: {answer}{hint}")
+        if code == ErrorCode.NOT_READY:
+            raise CommandError(f"ERROR: {answer}")
+        raise CommandError(answer or f"ERROR: {code}")
+
+    def text(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> str:
+        """Text of the acknowledgement."""
+        return str(self.ask(packet, *args, **_)[0])
+
+    def nodes(self, kind: NodeType | None = None) -> list[NodeRow]:
+        """Rows of nodes."""
+        rows: Sequence[NodeRow] = self.ask(AskNodeList, kind)[0]
+        return [row for row in rows if kind is None or row[0] is kind]
+
+    def state(self) -> ClusterState | None:
+        """State of the cluster; None if it can't be known now."""
+        try:
+            state: ClusterState | None = self.ask(AskClusterState)[0]
+        except CommandError:
+            return None
+        return state
+
+    def wait(self, timeout: float, condition: Callable[[], bool], what: str) -> None:
+        """Return once `condition()`. Raises CommandError after `timeout` seconds."""
+        late: list[bool] = []
+        timer = self.runtime.call_later(timeout, lambda: late.append(True))
+        while not condition():
+            if late:
+                raise CommandError(f"{what}: not after {timeout:g} s")
+            tick: list[bool] = []
+            self.runtime.call_later(POLL_INTERVAL, lambda t=tick: t.append(True))  # type: ignore[misc]
+            while not tick:
+                self.runtime.turn()
+        timer.cancel()
+
+
+# --- arguments ----------------------------------------------------------------------
+
+
+def tid(text: str) -> bytes:
+    """`tid:<integer>` or a UNIX time. Raises ArgumentTypeError."""
+    try:
+        if text.lower().startswith("tid:"):
+            return p64(int(text[4:], 0))
+        return tid_from_time(float(text))
+    except (ValueError, OverflowError, OSError, struct.error):
+        raise argparse.ArgumentTypeError(
+            f"invalid TID {text!r}: expected tid:<integer> or a UNIX time"
+        ) from None
+
+
+def nid(text: str) -> int:
+    """A node id such as S1."""
+    try:
+        return parse_nid(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """A number that is not negative."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def upper(names: Sequence[str]) -> Callable[[str], str]:
+    """One of these names, in any case."""
+
+    def parse(text: str) -> str:
+        if text.upper() in names:
+            return text.upper()
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(n.lower() for n in names)}"
+        )
+
+    return parse
+
+
+def partition(text: str) -> tuple[int | None, int | None]:
+    """PARTITION:REFERENCE, both may be empty."""
+    number, colon, reference = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected PARTITION:REFERENCE, such as 0:S1, 0: or :"
+        )
+    return count(number) if number else None, nid(reference) if reference else None
+
+
+# --- commands -----------------------------------------------------------------------
+
+
+def date(value: bytes) -> str:
+    """Decimal date of a tid, UTC."""
+    return str(datetime_from_tid(value).replace(tzinfo=None))
+
+
+def print_ids(tool: Tool, args: argparse.Namespace) -> Any:
+    ptid, backup_tid, _ = tool.ask(AskRecovery)
+    last_tid, last_oid, _ = tool.ask(AskLastIDs)
+    last_tid, last_oid = last_tid or ZERO_TID, last_oid or ZERO_TID
+    if args.json:
+        return {
+            "backup_tid": backup_tid and backup_tid.hex(),
+            "last_oid": last_oid.hex(),
+            "last_tid": last_tid.hex(),
+            "last_ptid": ptid,
+        }
+    first = (
+        f"last_oid = {u64(last_oid):#x}"
+        if backup_tid is None
+        else f"backup_tid = {u64(backup_tid):#x} ({date(backup_tid)})"
+    )
+    return (
+        f"{first}\nlast_tid = {u64(last_tid):#x} ({date(last_tid)})\nlast_ptid = {ptid}"
+    )
+
+
+def print_pt(tool: Tool, args: argparse.Namespace) -> Any:
+    if args.max and args.min >= args.max:
+        raise CommandError(f"no partition from {args.min} to before {args.max}")
+    ptid, replicas, rows = tool.ask(AskPartitionList, args.min, args.max, args.node)
+    if args.node is not None:
+        rows = [[cell for cell in row if cell[0] == args.node] for row in rows]
+    if args.json:
+        return {
+            "ptid": ptid,
+            "replicas": replicas,
+            "first_partition": args.min,
+            "partitions": [
+                {nid_str(number): state.name for number, state in row} for row in rows
+            ],
+        }
+    states = {row[2]: row[3] for row in tool.nodes(NodeType.STORAGE) if row[2]}
+    if args.node is not None:
+        states = {n: state for n, state in states.items() if n == args.node}
+    first = args.min if args.min or args.max else None
+    text = format_partition_table(ptid, replicas, rows, states, first)
+    pending = [nid_str(n) for n, s in states.items() if s is NodeState.PENDING]
+    if pending:
+        text += f"\npending: {', '.join(pending)}"
+    return text
+
+
+def print_node(tool: Tool, args: argparse.Namespace) -> Any:
+    kind = NodeType[args.type] if args.type else None
+    rows = tool.nodes(kind)
+    if args.json:
+        return [
+            {
+                "nid": nid_str(row[2]) if row[2] else None,
+                "type": row[0].name,
+                "address": row[1] and f"{row[1][0].decode()}:{row[1][1]}",
+                "state": row[3].name,
+                "since": format_date(row[4]) if row[4] else None,
+            }
+            for row in rows
+        ]
+    return format_nodes(rows)
+
+
+def print_cluster(tool: Tool, args: argparse.Namespace) -> Any:
+    state = tool.ask(AskClusterState)[0]
+    return {"state": state and state.name} if args.json else str(state)
+
+
+def print_primary(tool: Tool, args: argparse.Namespace) -> Any:
+    number = nid_str(tool.ask(AskPrimary)[0])
+    return {"primary": number} if args.json else number
+
+
+def print_summary(tool: Tool, args: argparse.Namespace) -> Any:
+    warning, problem, text = tool.ask(AskMonitorInformation)
+    lists = {"warning": warning, "problem": problem}
+    severity = {
+        name: [item and item.decode() for item in items]
+        for name, items in lists.items()
+        if items
+    }
+    args.status = 0
+    if args.check:
+        args.status = 2 if problem else 1 if warning else 0
+    if args.json:
+        return {**severity, "summary": text.decode()}
+    return f"# {json.dumps(severity)}\n{text.decode()}"
+
+
+def set_cluster(tool: Tool, args: argparse.Namespace) -> Any:
+    return change_state(tool, args, ClusterState[args.state])
+
+
+def start(tool: Tool, args: argparse.Namespace) -> Any:
+    return change_state(tool, args, ClusterState.VERIFYING)
+
+
+def change_state(tool: Tool, args: argparse.Namespace, state: ClusterState) -> str:
+    """Request a state, and with --wait return once it is reached."""
+    text = tool.text(SetClusterState, state) or "Cluster state changed"
+    if args.wait is not None:
+        if state is ClusterState.STOPPING:
+            tool.wait(args.wait, lambda: tool.state() is None, "stopped")
+            return "Cluster stopped"
+        wanted = (state,) if state is not ClusterState.VERIFYING else RUNNING
+        tool.wait(args.wait, lambda: tool.state() in wanted, "state reached")
+        text = f"Cluster state changed: {tool.state()}"
+    return text
+
+
+def set_replicas(tool: Tool, args: argparse.Namespace) -> Any:
+    text = tool.text(SetNumReplicas, args.replicas)
+    return text or f"Number of replicas: {args.replicas}. Now run: neoctl tweak"
+
+
+def set_node(tool: Tool, args: argparse.Namespace) -> Any:
+    return tool.text(SetNodeState, args.nid, NodeState[args.state]) or "state changed"
+
+
+def kill(tool: Tool, args: argparse.Namespace) -> Any:
+    return tool.text(SetNodeState, args.nid, NodeState.DOWN) or "state changed"
+
+
+def drop(tool: Tool, args: argparse.Namespace) -> Any:
+    return tool.text(SetNodeState, args.nid, NodeState.UNKNOWN) or "state changed"
+
+
+def storages(tool: Tool, args: argparse.Namespace) -> list[int]:
+    """Storages named on the command line, all of them for `all`; they must exist."""
+    known = [row[2] for row in tool.nodes(NodeType.STORAGE) if row[2] is not None]
+    if args.nids == ["all"]:
+        return known
+    try:
+        wanted = [parse_nid(text) for text in args.nids]
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from None
+    missing = [nid_str(number) for number in wanted if number not in known]
+    if missing:
+        raise CommandError(f"no such storage node: {', '.join(missing)}")
+    return wanted
+
+
+def add(tool: Tool, args: argparse.Namespace) -> Any:
+    nids = storages(tool, args)
+    states = {row[2]: row[3] for row in tool.nodes(NodeType.STORAGE)}
+    text = tool.text(AddPendingNodes, nids) or "No node added"
+    already = [n for n in nids if states.get(n) is not NodeState.PENDING]
+    if args.nids != ["all"] and already:
+        text += f" ({', '.join(map(nid_str, already))}: not pending)"
+    if len(already) == len(nids):
+        return text
+    if args.wait is not None:
+        tool.wait(
+            args.wait,
+            lambda: all(
+                row[3] is NodeState.RUNNING
+                for row in tool.nodes(NodeType.STORAGE)
+                if row[2] in nids
+            ),
+            "nodes running",
+        )
+    return f"{text}. Now run: neoctl tweak"
+
+
+def tweak(tool: Tool, args: argparse.Namespace) -> Any:
+    nids = storages(tool, args) if args.nids else []
+    changed, rows = tool.ask(TweakPartitionTable, args.dry_run, nids)
+    if args.wait is not None and not args.dry_run:
+        tool.wait(args.wait, lambda: balanced(tool), "all cells up to date")
+    if args.json:
+        return {
+            "changed": changed,
+            "partitions": [{nid_str(n): s.name for n, s in row} for row in rows],
+        }
+    if not changed:
+        return "No change done."
+    states = {row[2]: row[3] for row in tool.nodes(NodeType.STORAGE) if row[2]}
+    return format_rows(rows, states)
+
+
+def balanced(tool: Tool) -> bool:
+    """Whether no cell is being replicated or about to be dropped."""
+    rows = tool.ask(AskPartitionList, 0, 0, None)[2]
+    return all(state is CellState.UP_TO_DATE for row in rows for _, state in row)
+
+
+def check(tool: Tool, args: argparse.Namespace) -> Any:
+    rows = tool.ask(AskPartitionList, 0, 0, None)[2]
+    wanted: dict[int, int | None] = {}
+    for number, reference in args.partitions or [(None, None)]:
+        numbers = range(len(rows)) if number is None else (number,)
+        for one in numbers:
+            if one >= len(rows):
+                raise CommandError(
+                    f"no partition {one}: there are {len(rows)}, counted from 0"
+                )
+            if reference is not None and not any(
+                n == reference and state in READABLE for n, state in rows[one]
+            ):
+                raise CommandError(
+                    f"{nid_str(reference)} has no readable copy of partition {one}"
+                )
+            wanted[one] = reference
+    text = tool.text(CheckReplicas, wanted, args.min or ZERO_TID, args.max)
+    return text or f"Check of {len(wanted)} partitions requested: see the logs"
+
+
+def truncate(tool: Tool, args: argparse.Namespace) -> Any:
+    last = tool.ask(AskLastIDs)[0] or ZERO_TID
+    what = (
+        f"all transactions after {args.tid.hex()} ({date(args.tid)}) up to {last.hex()}"
+    )
+    if args.dry_run:
+        return f"Would remove {what}"
+    if (
+        sys.stdin.isatty()
+        and not args.yes
+        and input(f"Remove {what}? [y/N] ").lower() not in ("y", "yes")
+    ):
+        raise CommandError("nothing done")
+    text = tool.text(Truncate, args.tid)
+    if args.wait is not None:
+        tool.wait(args.wait, lambda: tool.state() in RUNNING, "running again")
+    return text or "Truncation requested"
+
+
+def prune_orphan(tool: Tool, args: argparse.Namespace) -> Any:
+    text = tool.text(Repair, storages(tool, args), args.dry_run == "1")
+    return text or "Requested: see the logs of the storages"
+
+
+def flush(tool: Tool, args: argparse.Namespace) -> Any:
+    tool.ask(AskClusterState if args.strict else Ping)
+    assert tool.conn is not None
+    tool.conn.notify(FlushLog)
+    tool.ask(Ping)  # a barrier: the admin has passed it on
+    return "Logs are being written"
+
+
+# --- command line -------------------------------------------------------------------
+
+DESCRIPTION = """\
+Send one command to an admin node of a NEO cluster and print its answer.
+TIDs are written tid:<integer> (0x... too) or as a UNIX time.
+"""
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        "neoctl",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-a", "--address", default=DEFAULT_ADMIN, metavar="HOST:PORT",
+        help=f"admin node (default: {DEFAULT_ADMIN})",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    add_options(parser, LOG_AND_TLS)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", parser_class=Parser
+    )
+
+    def command(
+        name: str,
+        run: Callable[[Tool, argparse.Namespace], Any],
+        text: str,
+        *,
+        wait: bool = False,
+        parent: Any = commands,
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = parent.add_parser(
+            name, help=text, description=text[:1].upper() + text[1:] + "."
+        )
+        sub.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
+        )
+        if wait:
+            sub.add_argument(
+                "--wait", type=float, nargs="?", const=3600.0, metavar="SECONDS",
+                help="return once it is done, fail after SECONDS (default: an hour)",
+            )  # fmt: skip
+        sub.set_defaults(run=run, wait=None)
+        return sub
+
+    def group(name: str, text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=None, group=sub)
+        return sub.add_subparsers(title="what", metavar="WHAT", parser_class=Parser)
+
+    show = group("print", "show ids, pt, node, cluster, primary or summary")
+    command("ids", print_ids, "show the last ids", parent=show)
+    sub = command("pt", print_pt, "show the partition table", parent=show)
+    sub.add_argument("min", type=count, nargs="?", default=0, help="first partition")
+    sub.add_argument("max", type=count, nargs="?", default=0, help="end, exclusive")
+    sub.add_argument("node", type=nid, nargs="?", help="only cells of this node")
+    sub = command("node", print_node, "show the nodes", parent=show)
+    sub.add_argument(
+        "type", nargs="?", type=upper([kind.name for kind in NodeType]),
+        help="master, storage, client or admin",
+    )  # fmt: skip
+    command("cluster", print_cluster, "show the state of the cluster", parent=show)
+    command("primary", print_primary, "show the primary master", parent=show)
+    sub = command("summary", print_summary, "show the health", parent=show)
+    sub.add_argument(
+        "--check", action="store_true",
+        help="exit status: 0 all is well, 1 warning, 2 problem",
+    )  # fmt: skip
+
+    change = group("set", "change the state of the cluster or a node, or replicas")
+    sub = command(
+        "cluster", set_cluster, "request a state of the cluster", wait=True,
+        parent=change,
+    )  # fmt: skip
+    sub.add_argument("state", type=upper([state.name for state in ClusterState]))
+    sub = command("node", set_node, "change the state of a node", parent=change)
+    sub.add_argument("nid", type=nid)
+    sub.add_argument("state", type=upper([state.name for state in NodeState]))
+    sub = command(
+        "replicas", set_replicas, "change the number of replicas", parent=change
+    )
+    sub.add_argument("replicas", type=count)
+
+    command("start", start, "start the cluster", wait=True)
+    sub = command("add", add, "make pending storages members", wait=True)
+    sub.add_argument("nids", nargs="+", metavar="all|NID")
+    sub = command("tweak", tweak, "balance the partitions over storages", wait=True)
+    sub.add_argument("-n", "--dry-run", action="store_true", help="only show it")
+    sub.add_argument("nids", nargs="*", metavar="NID", help="storages to be left aside")
+    sub = command("kill", kill, "stop a storage or a secondary master")
+    sub.add_argument("nid", type=nid)
+    sub = command("drop", drop, "remove a storage for ever")
+    sub.add_argument("nid", type=nid)
+    sub = command("check", check, "compare replicas; results are in the logs")
+    sub.add_argument(
+        "partitions", nargs="*", type=partition, metavar="PARTITION:REFERENCE"
+    )
+    sub.add_argument("--min", type=tid, help="first TID")
+    sub.add_argument("--max", type=tid, help="last TID")
+    sub = command(
+        "truncate", truncate, "remove all transactions after a TID", wait=True
+    )
+    sub.add_argument("tid", type=tid)
+    sub.add_argument("-n", "--dry-run", action="store_true", help="tell, do nothing")
+    sub.add_argument("--yes", action="store_true", help="do not ask")
+    sub = command("prune_orphan", prune_orphan, "delete unreferenced raw data")
+    sub.add_argument("dry_run", choices=("0", "1"), help="1: only count")
+    sub.add_argument("nids", nargs="+", metavar="all|NID")
+    for name in ("flush_log", "flush"):
+        sub = command(name, flush, "make all nodes write their logs")
+        sub.add_argument(
+            "--strict", action="store_true", help="fail if there is no primary master"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+        if getattr(args, "run", None) is None:
+            getattr(args, "group", parser).print_help()
+            return 2 if hasattr(args, "group") else 0
+        admin = address(ADMIN_PORT)(args.address)
+        paths = check_tls(
+            *(getattr(args, name, None) for name in ("ca", "cert", "key"))
+        )
+        tls = TLS(*paths) if paths else None
+        logfile = getattr(args, "logfile", None)
+        log = Logger(logfile, name="neoctl", everything=True, console=False)
+    except ConfigurationError as error:
+        return fail(error, 2)
+    runtime = EpollRuntime(log, tls)
+    try:
+        result = args.run(Tool(runtime, admin), args)
+    except CommandError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        runtime.close()
+        log.close()
+    if not args.quiet:
+        try:
+            if args.json and isinstance(result, str):
+                result = {"message": result}
+            print(json.dumps(result, indent=1) if args.json else result, flush=True)
+        except BrokenPipeError:
+            return silence()
+    return getattr(args, "status", 0)
+
+
+def silence() -> int:
+    """The reader of our output left."""
+    sys.stdout = open("/dev/null", "w")  # noqa: SIM115  # for the interpreter's end
+    return 1
+
+
+def fail(error: Exception, status: int) -> int:
+    """Say what is wrong."""
+    text = str(error).rstrip()
+    found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", text)
+    if found:
+        near = difflib.get_close_matches(found[1], re.findall(r"'(.*?)'", found[2]), 1)
+        text = f"invalid command: {found[1]}" + (
+            f": did you mean {near[0]}?" if near else f": choose from {found[2]}"
+        )
+    print(text if status == 1 else f"neoctl: {text}", file=sys.stderr)
+    return status
+
+
+def run() -> NoReturn:
+    """Entry point of `python -m neo.scripts.neoctl`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
