@@ -631,3 +631,28 @@ def test_damaged_master_list(content: str) -> None:
     write(content, "masters.json")
     with pytest.raises(ConfigurationError, match="cannot read dynamic master list"):
         MasterList("masters.json", Warnings()).load()
+
+
+# --- what is shipped ----------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("commented", [False, True])
+def test_example(commented: bool) -> None:
+    """The example is valid, also once everything in it is switched on."""
+    content = (ROOT / "neo.conf.example").read_text(encoding="utf-8")
+    if commented:
+        content = re.sub("^;", "", content, flags=re.M)
+    write(content)
+    for prog, options, sections in (
+        ("neomaster", daemon.MASTER, ["master"]),
+        ("neostorage", daemon.STORAGE, ["storage1", "storage2"]),
+        ("neoadmin", daemon.ADMIN, ["admin"]),
+    ):
+        for section in sections:
+            argv = ["-f", "neo.conf", "-s", section]
+            settings = config.load(prog, options, argv, section="", known=daemon.KNOWN)
+            daemon.check(settings)
+            assert settings.warnings == []
+            assert settings.cluster == "test"

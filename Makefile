@@ -1,0 +1,59 @@
+# make run, make test... on a fresh machine with Python >= 3.11, make and a C compiler
+# or none: nothing here needs headers of databases. Done once, installing is skipped.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where `make run` keeps its cluster; remove the folder for a new one.
+DIR ?= .neo
+SEEDS ?= 1000
+INPUTS ?= 1000000
+WORKERS ?= 2
+# More arguments for neosimple or pytest: make test ARGS="-k config"
+ARGS ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help run test lint simulate fuzz clean
+
+help:
+	@echo "make run             a cluster on SQLite in $(DIR), in the foreground (DIR=...)"
+	@echo "make test            all tests (ARGS=... for pytest, WORKERS=$(WORKERS))"
+	@echo "make lint            ruff and mypy"
+	@echo "make simulate        clusters in the simulator (SEEDS=$(SEEDS))"
+	@echo "make fuzz            malformed input (INPUTS=$(INPUTS))"
+	@echo "make clean           remove what make made, the cluster excepted"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "Python >= 3.11 is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+$(VENV)/.test: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run
+	@exec $(BIN)/neosimple --directory '$(DIR)' $(ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+simulate: $(VENV)/.test
+	NEO_SEEDS=$(SEEDS) $(PYTEST) -n $(WORKERS) tests/simulation $(ARGS)
+
+fuzz: $(VENV)/.test
+	NEO_FUZZ=$(INPUTS) $(PYTEST) -n $(WORKERS) tests/fuzz $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist neoppod.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .hypothesis .coverage
