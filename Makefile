@@ -1,5 +1,5 @@
-# make run, make test... on a fresh machine with Python >= 3.11, make and a C compiler
-# or none: nothing here needs headers of databases. Done once, installing is skipped.
+# All of it works on a fresh machine that has Python >= 3.11 (with venv): no compiler, no
+# headers of databases. What is installed already is not looked at again.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,7 +38,7 @@ $(VENV)/.test: setup.py pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.run
 
 run: $(VENV)/.run
-	@exec $(BIN)/neosimple --directory '$(DIR)' $(ARGS)
+	@exec $(BIN)/neosimple $(ARGS) '$(DIR)'
 
 test: $(VENV)/.test
 	$(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)

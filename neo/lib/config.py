@@ -342,7 +342,7 @@ def _add(group: Any, spellings: list[str], option: Option, shown: str) -> None:
 
 def _help(option: Option) -> str:
     shown = option.help
-    if option.default is not None and not option.flag:
+    if option.default and not option.flag:
         shown += f" (default: {option.default})"
     if option.required:
         shown += " Mandatory, here or in the file."

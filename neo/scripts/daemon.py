@@ -9,6 +9,7 @@ Source: operations.md 2, 10, T3 W2 and W24.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -382,6 +383,8 @@ def main(
         log = Logger(settings.logfile, name=settings.cluster)
     except ConfigurationError as e:
         return _fail(prog, e)
+    bridge = Bridge(log)
+    logging.getLogger("neo").addHandler(bridge)
     try:
         for warning in settings.warnings:
             log.warning("%s", warning)
@@ -393,6 +396,7 @@ def main(
         log.exception("internal error, please report")
         return _fail(prog, e)
     finally:
+        logging.getLogger("neo").removeHandler(bridge)
         log.close()
 
 
@@ -409,6 +413,17 @@ def _run(settings: Settings, log: Logger, build: Build) -> int:
         raise ConfigurationError(f"cannot listen on {bind}: {e.strerror}") from e
     stop.started(node, runtime)
     return runtime.run()
+
+
+class Bridge(logging.Handler):
+    """Brings to the log what modules without Runtime say (the backends)."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__(logging.INFO)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.log(record.levelno, "%s", record.getMessage())
 
 
 class Stop:

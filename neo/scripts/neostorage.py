@@ -13,16 +13,10 @@ from neo.scripts import daemon
 def build(runtime: EpollRuntime, settings: Settings) -> daemon.Application:
     """Open the database and make the node."""
     from neo.storage.app import StorageNode, StorageOptions  # --help needs no node
-    from neo.storage.database import open_database
+    from neo.storage.database import open_backend
 
     masters, save_masters = daemon.known_masters(settings, runtime.log)
-    backend = open_database(
-        settings.adapter,
-        settings.database,
-        wait=settings.wait,
-        dedup=settings.dedup,
-        warn=runtime.log.warning,
-    )
+    backend = open_backend(settings.adapter, settings.database, dedup=settings.dedup)
     return StorageNode(
         runtime,
         backend,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +446,23 @@ def test_start_fails(
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert err.endswith(f"\nneomaster: {line}\n")
+
+
+def test_backends_reach_the_log(
+    handlers: dict[int, Any],
+) -> None:
+    def build(runtime: FakeRuntime, settings: config.Settings) -> FakeNode:
+        logging.getLogger("neo.storage.database.sqlite").warning("mode %s", "delete")
+        return FakeNode()
+
+    assert run(build, "-l", "log") == 0
+    assert not logging.getLogger("neo").handlers
+    db = sqlite3.connect("log")
+    try:
+        [row] = db.execute("SELECT msg FROM log WHERE msg LIKE 'mode%'").fetchall()
+    finally:
+        db.close()
+    assert row == ("mode delete",)
 
 
 def test_error_of_ours_keeps_its_traceback(
