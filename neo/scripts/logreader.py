@@ -234,10 +234,12 @@ class Table:
         if wanted == ((),):
             return iter(())
         try:
-            ((end,),) = self.file.query(f"SELECT max(date) FROM {self.name}")
+            ((end,),) = self.file.query(
+                f"SELECT max(date) FROM {self.name} WHERE date <= 9e999"  # a number
+            )
         except sqlite3.Error as error:
             return iter(self._failed(error))
-        if not isinstance(end, int | float):
+        if end is None:
             return iter(())
         return self._rows(selection, min(end, selection.end))
 

@@ -54,7 +54,7 @@ LEVELS = {
     "critical": CRITICAL,
 }
 COLORS = {DEBUG: "34", INFO: "32", WARNING: "33", ERROR: "31", CRITICAL: "1;31"}
-STORED = ["compression", "checksum", "data"]
+STORED = ("compression", "checksum", "data")  # consecutive fields
 DATA_MAX = 1 << 28  # of one decompressed object
 NO_RECORD = 1 << 62  # greater than any level
 # Fields without a length of their own that hold no text.
@@ -312,21 +312,15 @@ def selection(options: argparse.Namespace) -> Selection:
 # --- arguments of packets -------------------------------------------------------
 
 
-def fields(packet: Packet[...] | None, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Types of the arguments by name; empty if they are not those of `packet`."""
-    return packet.fields if packet and len(args) == packet.arity else {}
-
-
 def decompressed(packet: Packet[...] | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args` with (stored size, data) instead of (compression, checksum, data)."""
-    if packet is AnswerRelockObject:
-        if args and args[0] and len(args[0]) == 3 and args[0][2]:
-            return ((*args[0][:2], _load(args[0][2])),)
+    if packet is None or not packet.valid(args):
         return args
-    names = list(fields(packet, args))
-    if STORED[0] not in names:
+    if packet is AnswerRelockObject and args[0] and args[0][2]:
+        return ((*args[0][:2], _load(args[0][2])),)
+    if STORED[0] not in packet.fields:
         return args
-    i = names.index(STORED[0])
+    i = list(packet.fields).index(STORED[0])
     return (*args[:i], *_load(args[i : i + 3]), *args[i + 3 :])
 
 
@@ -491,7 +485,8 @@ class Printer:
         if args is None:
             return {"arguments": None}
         packet = entry.packet
-        hints = dict(fields(packet, args))
+        # Nothing is said about arguments that are not those of the packet.
+        hints = packet.fields if packet and len(args) == packet.arity else {}
         if self.options.decompress:
             args = decompressed(packet, args)
             if STORED[0] in hints:
