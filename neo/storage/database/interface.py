@@ -283,9 +283,12 @@ class Reader(Protocol):
 class Backend(Reader, Protocol):
     """One node's database. Opening it creates or migrates it; see `open_backend`."""
 
-    background: Reader  # for slices of long reads; may be used by another thread
     dedup: bool  # whether equal values are stored once
     device: int  # st_dev of what holds the data, 0 if unknown: for `devpath` (2.6)
+
+    @property
+    def background(self) -> Reader:
+        """Another reader, for slices of long reads; another thread may use it."""
 
     # --- life of the database ---------------------------------------------------
 

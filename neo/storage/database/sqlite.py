@@ -1,0 +1,449 @@
+"""SQLite: connections, durability, exclusive use.
+
+In WAL mode there are four connections to the file: clients' reads (on the event loop),
+slices of long reads, the writer, and checkpoints. Readers see the last commit and wait
+for nobody. The writer commits with `synchronous=FULL` (one fsync of the log) if the
+commit promises something, else with NORMAL (none). The log is moved to the database by
+`checkpoint()`, beside all else; only if it can't keep up does the writer do it itself.
+
+In another mode, or where WAL doesn't work (no shared memory), the only connection
+serves everyone, and reads wait while the writer has a transaction open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket  # noqa: TID251  # an abstract socket as a lock, never connected
+import sqlite3
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from threading import RLock  # noqa: TID251  # see _SharedReader
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from zc.lockfile import LockError, LockFile
+
+from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
+
+from . import schema
+from .reader import Layout, Row, SQLReader
+from .sql import SQLBackend
+
+log = logging.getLogger(__name__)
+
+BUSY_S = 10.0  # SQLite waits with a back-off before it says that a file is locked
+CACHE_KIB = 32768  # page cache of a connection, unless the connection string says more
+CHECKPOINT_PAGES = 1000  # of the log that make a checkpoint worth its while
+LOG_PAGES_MAX = 16 * CHECKPOINT_PAGES  # beyond, the writer does it itself
+UNSAFE_JOURNALS = ("off", "memory")
+TYPES = {
+    "partition": "INTEGER",
+    "nid": "INTEGER",
+    "i64": "INTEGER",
+    "u64": "INTEGER",
+    "code": "INTEGER",
+    "bool": "BOOLEAN",
+    "text": "TEXT",
+    "hash": "BLOB",
+    "blob": "BLOB",
+    "blob24": "BLOB",
+}
+
+
+class Location(NamedTuple):
+    """A parsed connection string."""
+
+    path: str
+    pragmas: dict[str, str]  # cache_size, journal_mode, synchronous; in given order
+    checksums: bool  # with the checksum VFS
+
+
+def parse_location(text: str) -> Location:
+    """Parse a connection string (2.3); raise ConfigurationError."""
+    if not text.startswith("file:"):
+        return Location(str(Path(text).expanduser()), {}, False)
+    path, mark, query = text.removeprefix("file:").partition("?")
+    options: dict[str, str] = {}
+    for item in query.split("&") if mark else ():
+        key, _, value = item.partition("=")
+        known = key in ("cache_size", "journal_mode", "synchronous", "cksumvfs")
+        if not known or key in options or not value.removeprefix("-").isalnum():
+            raise ConfigurationError(f"invalid option {item!r} in database {text!r}")
+        options[key] = value
+    checksums = options.pop("cksumvfs", "0")
+    if not path or checksums not in ("0", "1"):
+        raise ConfigurationError(f"invalid database {text!r}")
+    return Location(path, options, checksums == "1")
+
+
+def check_busy(e: sqlite3.Error) -> None:
+    """Return if another program locks the file, which is worth waiting; else raise."""
+    if getattr(e, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+        raise BackendError(f"SQLite: {e}") from e
+    log.warning("another program locks the database, waiting")
+
+
+class SQLiteReader(SQLReader):
+    """Reads over a connection of its own."""
+
+    def __init__(self, layout: Layout, connection: sqlite3.Connection) -> None:
+        self.layout = layout
+        self._use(connection)
+
+    def _use(self, connection: sqlite3.Connection) -> None:
+        self._read_connection = connection
+        # A new cursor for each query costs more than a tenth of a load.
+        self._read = connection.cursor().execute
+
+    def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
+        while True:
+            try:
+                return self._read(sql, args).fetchall()
+            except sqlite3.Error as e:
+                check_busy(e)
+
+    def size(self) -> int:
+        (pages,), (free,), (size,) = (
+            self._query(f"PRAGMA {name}")[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+
+class _SharedReader(SQLiteReader):
+    """Reads over the writer's connection, between its transactions."""
+
+    def __init__(
+        self, layout: Layout, connection: sqlite3.Connection, lock: RLock
+    ) -> None:
+        super().__init__(layout, connection)
+        self._lock = lock
+
+    def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
+        with self._lock:
+            return super()._query(sql, args)
+
+
+class SQLiteBase(SQLBackend, SQLiteReader):
+    """A backend over SQLite connections that a subclass opens.
+
+    `shared`: there is only one connection, and `_lock` is held while it writes.
+    """
+
+    background: SQLiteReader
+    device = 0
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        SQLBackend.__init__(self)
+        self._connection = connection
+        self._write = connection.cursor()
+        self._lock = RLock()
+        self._writing = False
+        self._synchronous: str | None = None  # None: never changed
+
+    def _share(self) -> None:
+        """Read through the connection of the writer."""
+        self._use(self._connection)
+        self.background = _SharedReader(self.layout, self._connection, self._lock)
+        self._query = self.background._query  # type: ignore[method-assign]
+
+    # --- SQL transactions -------------------------------------------------------
+
+    def begin(self, durable: bool) -> None:
+        assert not self._writing
+        self._lock.acquire()
+        try:
+            level = "FULL" if durable else "NORMAL"
+            if self._synchronous not in (None, level):
+                self._synchronous = level
+                self._retry(f"PRAGMA synchronous={level}")
+            self._retry("BEGIN IMMEDIATE")
+        except BaseException:
+            self._lock.release()
+            raise
+        self._writing = True
+
+    def commit(self) -> None:
+        assert self._writing
+        self._retry("COMMIT")
+        self._writing = False
+        self._lock.release()
+
+    def rollback(self) -> None:
+        if not self._writing:
+            return
+        try:
+            self._connection.rollback()
+        except sqlite3.Error as e:
+            log.warning("rollback failed: %s", e)
+        self._writing = False
+        self._lock.release()
+
+    def _retry(self, sql: str) -> None:
+        """Execute, however long another program keeps the file locked."""
+        while True:
+            try:
+                self._write.execute(sql).fetchall()
+            except sqlite3.Error as e:
+                check_busy(e)
+            else:
+                return
+
+    def execute(self, sql: str, args: Sequence[object] = ()) -> int:
+        assert self._writing
+        try:
+            return self._write.execute(sql, args).rowcount
+        except sqlite3.Error as e:
+            raise BackendError(f"SQLite: {e}") from e
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        assert self._writing
+        try:
+            self._write.executemany(sql, rows)
+        except sqlite3.Error as e:
+            raise BackendError(f"SQLite: {e}") from e
+
+    def fetch(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
+        assert self._writing
+        try:
+            return self._write.execute(sql, args).fetchall()
+        except sqlite3.Error as e:
+            raise BackendError(f"SQLite: {e}") from e
+
+    # --- schema -----------------------------------------------------------------
+
+    def columns(self, table: str) -> list[str]:
+        return [row[1] for row in self.fetch(f"PRAGMA table_info({table})")]
+
+    def create_table(self, table: schema.Table, name: str | None = None) -> None:
+        # An integer key is the rowid, any other one makes the table; `ttrans` has none.
+        columns = []
+        suffix = ""
+        for column in table.columns:
+            kind = TYPES[column.type]
+            if (
+                table.rowid_key
+                and table.key == (column.name,)
+                and table is not schema.TTRANS
+            ):
+                kind += " PRIMARY KEY"
+            elif not column.null:
+                kind += " NOT NULL"
+            columns.append(f"{column.name} {kind}")
+        if not table.rowid_key:
+            columns.append(f"PRIMARY KEY ({', '.join(table.key)})")
+            suffix = " WITHOUT ROWID"
+        self.execute(
+            f"CREATE TABLE IF NOT EXISTS {name or table.name}"
+            f" ({', '.join(columns)}){suffix}"
+        )
+
+    def create_indexes(self, table: schema.Table) -> None:
+        for number, columns in enumerate(table.indexes, 1):
+            self._create_index("INDEX", table.name, number, columns)
+
+    def _create_index(
+        self, kind: str, table: str, number: int, columns: Sequence[str]
+    ) -> None:
+        self.execute(
+            f"CREATE {kind} IF NOT EXISTS _{table}_i{number}"
+            f" ON {table}({', '.join(columns)})"
+        )
+
+    def detect_dedup(self, create: bool) -> bool:
+        if create:
+            self._create_index("UNIQUE INDEX", "data", 1, schema.DEDUP_INDEX)
+        return any(
+            unique
+            and tuple(row[2] for row in self.fetch(f"PRAGMA index_info({name})"))
+            == schema.DEDUP_INDEX
+            for _, name, unique, *_ in self.fetch("PRAGMA index_list(data)")
+        )
+
+
+class SQLiteBackend(SQLiteBase):
+    """A database in a file."""
+
+    def __init__(self, database: str, dedup: bool = False, reset: bool = False) -> None:
+        location = parse_location(database)
+        self._closers: list[Callable[[], object]] = []
+        self._log_index: int | None = None
+        try:
+            self._open(location, dedup, reset)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, location: Location, dedup: bool, reset: bool) -> None:
+        self._lock_file(location.path)
+        if location.checksums:
+            _prepare_checksums(location.path)
+        self._location = location
+        super().__init__(self._connect())
+        try:
+            (mode,) = self._connection.execute(
+                f"PRAGMA journal_mode={location.pragmas.get('journal_mode', 'wal')}"
+            ).fetchone()
+        except sqlite3.DatabaseError as e:
+            raise ConfigurationError(f"can not open {location.path!r}: {e}") from e
+        mode = mode.lower()
+        self._choose_synchronous(mode)
+        if mode == "wal":
+            self._connect_readers()
+        else:
+            log.warning(
+                "journal mode %r instead of 'wal': reads wait for commits", mode
+            )
+            if mode in UNSAFE_JOURNALS:
+                log.warning("journal mode %r: a crash may damage the database", mode)
+            self._share()
+        self.open_database(dedup, reset)
+
+    def _lock_file(self, path: str) -> None:
+        """Create the file if needed, and make sure that nobody else uses it (2.5)."""
+        try:
+            # Closed before SQLite opens it: POSIX locks don't survive a close.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+            stat = Path(path).stat()
+        except OSError as e:
+            raise ConfigurationError(f"can not open {path!r}: {e.strerror}") from e
+        self.device = stat.st_dev
+        name = f"\0neostorage:{stat.st_dev}:{stat.st_ino}"
+        lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._closers.append(lock.close)
+        try:
+            lock.bind(name)  # for other nodes of this host, neoppod's too
+            # and for nodes of other hosts, if the file system knows locks
+            self._closers.append(LockFile(f"{path}.lock").close)
+        except (LockError, OSError) as e:
+            raise DatabaseLocked("database is locked") from e
+
+    def _connect(self) -> sqlite3.Connection:
+        location = self._location
+        path, uri = location.path, False
+        if location.checksums:
+            path, uri = f"file:{quote(path)}?vfs=cksmvfs", True
+        try:
+            connection = sqlite3.connect(
+                path,
+                timeout=BUSY_S,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=256,
+                uri=uri,
+            )
+            self._closers.append(connection.close)
+            # What is deleted needs no overwriting; some distributions do by default.
+            connection.execute("PRAGMA secure_delete=0")
+            connection.execute("PRAGMA wal_autocheckpoint=0")
+            connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+            for name, value in location.pragmas.items():
+                if name != "journal_mode":
+                    connection.execute(f"PRAGMA {name}={value}")
+            if location.checksums:
+                row = connection.execute("PRAGMA checksum_verification").fetchone()
+                if not row or not int(row[0]):
+                    raise ConfigurationError("cksumvfs=1: checksums are not verified")
+        except sqlite3.Error as e:
+            raise ConfigurationError(f"can not open {location.path!r}: {e}") from e
+        return connection
+
+    def _choose_synchronous(self, mode: str) -> None:
+        if "synchronous" not in self._location.pragmas:
+            self._connection.execute("PRAGMA synchronous=FULL")
+            # With another journal, NORMAL could damage the file.
+            self._synchronous = "FULL" if mode == "wal" else None
+        elif self._connection.execute("PRAGMA synchronous").fetchone()[0] < 2:
+            log.warning(
+                "synchronous=%s: commits may be lost if the machine fails",
+                self._location.pragmas["synchronous"],
+            )
+
+    def _connect_readers(self) -> None:
+        self._use(self._connect())
+        self.background = SQLiteReader(self.layout, self._connect())
+        self._checkpointer = self._connect()
+        # Before the first checkpoint is due, the index of the log exists. It stays
+        # open as long as the connections: closing it would release their locks.
+        self._connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        index = os.open(f"{self._location.path}-shm", os.O_RDONLY)
+        self._log_index = index
+        self._closers.insert(0, lambda: os.close(index))
+
+    def _log_pages(self) -> int:
+        """Pages of the log that no checkpoint moved yet.
+
+        Only the index of the log says so ("WAL-Index Header" of SQLite's file format):
+        mxFrame at 16, nBackfill at 96. The log's own size doesn't shrink.
+        """
+        if self._log_index is None:
+            return 0
+        header = os.pread(self._log_index, 100, 0)
+        if len(header) < 100:
+            return 0
+        last, moved = struct.unpack_from("=I76xI", header, 16)
+        return int(last - moved)
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        return self._log_pages() > CHECKPOINT_PAGES
+
+    def checkpoint(self) -> None:
+        if self._log_index is not None:
+            self._move_log(self._checkpointer)
+
+    def _move_log(self, connection: sqlite3.Connection) -> None:
+        try:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as e:
+            raise BackendError(f"SQLite: {e}") from e
+
+    def begin(self, durable: bool) -> None:
+        # A checkpoint beside a writer that never pauses doesn't reach the end, where
+        # the log would start again.
+        if self._log_pages() > LOG_PAGES_MAX:
+            self._move_log(self._connection)
+        super().begin(durable)
+
+    def close(self) -> None:
+        # Readers before the writer, which then checkpoints and removes the log; locks
+        # last. (They were opened in the other order.)
+        self._log_index = None
+        while self._closers:
+            try:
+                self._closers.pop()()
+            except sqlite3.Error as e:
+                log.warning("closing the database: %s", e)
+
+
+def _prepare_checksums(path: str) -> None:
+    """Load the checksum VFS, and reserve room for checksums in a new file (2.3)."""
+    loader: Any = sqlite3.connect(":memory:")
+    try:
+        loader.enable_load_extension(True)
+        loader.load_extension("cksumvfs")
+    except (AttributeError, sqlite3.Error) as e:
+        raise ConfigurationError(f"cksumvfs=1: can not load the extension: {e}") from e
+    finally:
+        loader.close()
+    if not Path(path).stat().st_size:
+        Path(path).write_bytes(empty_file(reserved=8))
+
+
+def empty_file(reserved: int) -> bytes:
+    """Empty database whose pages keep `reserved` bytes at their end.
+
+    Python gives no access to SQLite's own way to ask for it.
+    """
+    template = sqlite3.connect(":memory:")
+    try:
+        template.execute("PRAGMA user_version=0")
+        template.execute("VACUUM")
+        page = bytearray(template.serialize())
+    finally:
+        template.close()
+    page[20] = reserved
+    struct.pack_into(">H", page, 105, len(page) - reserved)  # where cells start
+    return bytes(page)
