@@ -142,12 +142,16 @@ def test_rows(path: str, clock: Clock) -> None:
     assert received[5] == bytes.fromhex("92d40102919201d40301")
 
 
-def test_pathname_is_relative_to_the_package(path: str) -> None:
-    code = compile("logger.info('x')", module.PACKAGE + "master/app.py", "exec")
-    logger = Logger(path)
-    exec(code, {"logger": logger})
+def test_pathname_is_relative_to_the_package(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = Logger(path, console=False)
+    logger.warning("from elsewhere")
+    assert os.path.isdir(module.PACKAGE + "lib")
+    monkeypatch.setattr(module, "PACKAGE", os.path.dirname(__file__) + os.sep)
+    logger.warning("from the package")
     logger.close()
-    assert rows(path)[0][3] == "master/app.py"
+    assert [row[3] for row in rows(path)] == [__file__, "test_logger.py"]
 
 
 def test_node_rows_are_reused(path: str) -> None:
