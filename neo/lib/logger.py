@@ -220,14 +220,17 @@ class Logger:
         """Keep a packet; call it if `tracing` only.
 
         `peer`: its text, made when the ring is written, is `S1 (127.0.0.1:10000)`;
-        `size`: bytes on the wire.
+        `size`: bytes on the wire, 0 if the caller does not know.
         """
         body: tuple[Any, ...] | bytes | None = args
+        if not FLAT.issuperset(map(type, args)):
+            body = pack(args) if size <= self._max_packet else None
+            size = len(body or b"")
+        elif not size:
+            size = sum(map(_length, args))
         if size > self._max_packet:
-            body, size = None, 0
-        elif not FLAT.issuperset(map(type, args)):
-            body = pack(args)
-        size += OVERHEAD
+            body = None
+        size = OVERHEAD + (0 if body is None else size)
         self._add((self._clock(), self._node, outgoing, peer, msg_id, code, body, size))
 
     def _add(self, entry: Record | PacketEntry) -> None:
@@ -488,8 +491,10 @@ class LogFile:
         self._name = name or None
         self._fast = fast
         self._db: sqlite3.Connection | None = None
+        lock = f"{os.path.realpath(path)}.lock"
+        new = not os.path.exists(lock)
         try:
-            self._lock = lock_file(f"{os.path.realpath(path)}.lock")
+            self._lock = lock_file(lock)
         except BlockingIOError as error:
             raise ConfigurationError(
                 f"log file {path} is in use by {error}: each process needs its own"
@@ -501,6 +506,8 @@ class LogFile:
         try:
             self.open()
         except (sqlite3.Error, OSError) as error:
+            if new:  # a wrong path: leave nothing next to somebody else's file
+                os.unlink(lock)
             os.close(self._lock)
             raise ConfigurationError(f"cannot open log file {path}: {error}") from None
 

@@ -448,6 +448,18 @@ def test_big_packets_count_for_what_they_hold(path: str) -> None:
     logger.close()
 
 
+@pytest.mark.parametrize("args", [(OID, bytes(1 << 20)), ([OID], bytes(1 << 20))])
+def test_packets_of_unknown_size(path: str, args: tuple[Any, ...]) -> None:
+    for keep, count in (None, 15), (1 << 20, 20):
+        logger = Logger(path, max_packet=keep)
+        for _ in range(20):
+            logger.packet(False, PEER, 1, 0x1C, args, 0)
+        assert len(logger._ring) == count
+        logger.close()
+    bodies = rows(path, "SELECT count(*), count(body) FROM packet")
+    assert bodies == [(35, 15)]
+
+
 def test_max_packet(path: str) -> None:
     logger = Logger(path, max_packet=100)
     ask_object(logger, size=100)
@@ -486,6 +498,7 @@ def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
             with pytest.raises(ConfigurationError) as caught:
                 Logger(path)
             assert str(caught.value) == f"cannot open log file {path}: {reason}"
+    assert os.listdir(tmp_path) == ["text"]
 
 
 def test_full_disk(path: str, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
