@@ -1,0 +1,41 @@
+"""What ZODB's test suites need to run on a NEO cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transaction
+from ZODB.tests.StorageTestBase import StorageTestBase
+
+from neo.client.Storage import Storage
+from tests.cluster.harness import Cluster
+
+
+class NEOTestCase(StorageTestBase):
+    """One empty cluster per test, `storages` storage nodes."""
+
+    storages = 1
+    replicas = 0
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.cluster = self.new_cluster()
+        self.open()
+
+    def tearDown(self) -> None:
+        transaction.abort()
+        try:
+            super().tearDown()
+        finally:
+            self.cluster.close()
+
+    def new_cluster(self, name: str = "test") -> Cluster:
+        cluster = Cluster(name=name, storages=self.storages, replicas=self.replicas)
+        cluster.start()
+        return cluster
+
+    def open(self, **options: Any) -> None:
+        self._storage = self.cluster.storage(**options)
+
+    def _new_storage_client(self) -> Storage:
+        return self.cluster.storage()

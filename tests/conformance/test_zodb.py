@@ -1,0 +1,163 @@
+"""ZODB's own suites, on clusters of real processes with one and with three storages."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any
+
+import pytest
+import ZODB
+from BTrees.tests.testConflict import NastyConfictFunctionalTests
+from ZEO.tests.InvalidationTests import InvalidationTests
+from ZODB.FileStorage import FileStorage
+from ZODB.tests import (
+    BasicStorage,
+    ConflictResolution,
+    HistoryStorage,
+    IteratorStorage,
+    MTStorage,
+    PackableStorage,
+    PersistentStorage,
+    ReadOnlyStorage,
+    RecoveryStorage,
+    RevisionStorage,
+    Synchronization,
+    TransactionalUndoStorage,
+    testZODB,
+)
+from ZODB.tests.StorageTestBase import StorageTestBase
+from ZODB.tests.testMVCCMappingStorage import MVCCTests
+
+from .base import NEOTestCase
+
+PACK = pytest.mark.xfail(reason="storages do not pack yet", strict=True)
+
+
+class NEOStorageTests(
+    NEOTestCase,
+    BasicStorage.BasicStorage,
+    ConflictResolution.ConflictResolvingStorage,
+    ConflictResolution.ConflictResolvingTransUndoStorage,
+    HistoryStorage.HistoryStorage,
+    IteratorStorage.IteratorStorage,
+    IteratorStorage.ExtendedIteratorStorage,
+    MTStorage.MTStorage,
+    MVCCTests,
+    PackableStorage.PackableStorageWithOptionalGC,
+    PackableStorage.PackableUndoStorage,
+    PersistentStorage.PersistentStorage,
+    ReadOnlyStorage.ReadOnlyStorage,
+    RevisionStorage.RevisionStorage,
+    Synchronization.SynchronizedStorage,
+    TransactionalUndoStorage.TransactionalUndoStorage,
+):
+    """All that a storage can do."""
+
+    use_extension_bytes = True
+
+
+class OneStorageTests(NEOStorageTests):
+    """On one storage node."""
+
+
+class ThreeStoragesTests(NEOStorageTests):
+    """On three storage nodes."""
+
+    storages = 3
+
+
+class RecoveryTests(NEOTestCase, RecoveryStorage.RecoveryStorage):
+    """From one cluster to another."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.other = self.new_cluster("other")
+        self._dst: Any = self.new_dest()
+
+    def new_dest(self) -> Any:
+        return self.other.storage()
+
+    def tearDown(self) -> None:
+        self._dst.close()
+        try:
+            super().tearDown()
+        finally:
+            self.other.close()
+
+
+class RecoveryFromFileTests(RecoveryTests):
+    """From a FileStorage to a cluster."""
+
+    def open(self, **options: Any) -> None:
+        self._storage = FileStorage("Source.fs", create=True, **options)
+
+
+class RecoveryToFileTests(NEOTestCase, RecoveryStorage.RecoveryStorage):
+    """From a cluster to a FileStorage."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self._dst = FileStorage("Dest.fs", create=True)
+
+    def new_dest(self) -> Any:
+        return FileStorage("Dest.fs")
+
+    def tearDown(self) -> None:
+        self._dst.close()
+        super().tearDown()
+
+
+class ZODBTests(NEOTestCase, testZODB.ZODBTests):
+    """A database on NEO."""
+
+    def setUp(self) -> None:
+        NEOTestCase.setUp(self)
+        self._db = ZODB.DB(self._storage)
+
+    def tearDown(self) -> None:
+        self._db.close()
+        NEOTestCase.tearDown(self)
+
+
+class BTreesConflictTests(NEOTestCase, NastyConfictFunctionalTests):
+    """BTrees' conflict resolution on a real storage."""
+
+    def setUp(self) -> None:
+        NastyConfictFunctionalTests.setUp(self)
+        NEOTestCase.setUp(self)
+
+    def openDB(self) -> Any:
+        self.storage = self._storage
+        self.db = ZODB.DB(self._storage)
+        return self.db
+
+    def tearDown(self) -> None:
+        NastyConfictFunctionalTests.tearDown(self)
+        NEOTestCase.tearDown(self)
+
+
+class ZEOInvalidationTests(NEOTestCase, InvalidationTests):
+    """Clients that modify one BTree concurrently."""
+
+    MINTIME = 1
+
+    def openClientStorage(self, *_: Any, **__: Any) -> Any:
+        return self.cluster.storage()
+
+
+# The abstract combination and the imported bases are not tests of their own.
+del NEOStorageTests, NEOTestCase, StorageTestBase, NastyConfictFunctionalTests
+del InvalidationTests, MVCCTests
+
+for name in dir(ZEOInvalidationTests):
+    if name.startswith("check"):
+        setattr(
+            ZEOInvalidationTests, f"test{name[5:]}", getattr(ZEOInvalidationTests, name)
+        )
+
+for case in (OneStorageTests, ThreeStoragesTests):
+    for name in dir(case):
+        if name.startswith("test") and "Pack" in name:
+            setattr(case, name, PACK(getattr(case, name)))
+
+assert issubclass(OneStorageTests, unittest.TestCase)
