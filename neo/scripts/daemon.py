@@ -380,7 +380,8 @@ def main(
         print(settings.describe())
         return 0
     try:
-        log = Logger(settings.logfile, name=settings.cluster)
+        log = Logger(settings.logfile)
+        log.set_node(settings.cluster, None)
     except ConfigurationError as e:
         return _fail(prog, e)
     bridge = Bridge(log)
