@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from neo.client.Storage import Storage
+
 from neo.lib.util import Address, format_address
 from neo.scripts import neoctl
 

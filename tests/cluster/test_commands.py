@@ -17,7 +17,15 @@ from neo.scripts import neolog
 
 from .harness import Cluster, free_port, until
 
-COMMANDS = "neomaster neostorage neoadmin neoctl neolog neomigrate neosimple".split()
+COMMANDS = [
+    "neomaster",
+    "neostorage",
+    "neoadmin",
+    "neoctl",
+    "neolog",
+    "neomigrate",
+    "neosimple",
+]
 
 
 def run(command: str, *args: str, timeout: float = 30) -> tuple[int, str, str]:
