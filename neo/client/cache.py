@@ -2,9 +2,9 @@
 
 Each revision that was used stands in the queue of a level that grows with the
 logarithm of its number of uses; queues are in order of last use. What is not used for
-`life_time` uses of the cache falls by one level; what is evicted, from the lowest level
-first, is remembered without data (the *history*, level 0), so that it comes back with
-its count.
+`life_time` uses of the cache falls by one level, down to level 1, where it stays as
+long as there is room. What is evicted, from the lowest level first, is remembered
+without data (the *history*, level 0), so that it comes back with its count.
 
 An entry is what the client knows to be true: this revision is valid from `tid` until
 before `next_tid`, or still (None). Entries of an object are linked, newest first, and
@@ -201,26 +201,20 @@ class ClientCache:
         now = self._time
         fallen = False
         next_expire = now + self.life_time
-        for level in range(1, len(self._queues)):
+        for level in range(2, len(self._queues)):
             queue = self._queues[level]
             if not queue:
                 continue
             entry = next(iter(queue))
             if entry.expire < now and not fallen:
                 fallen = True
-                self._lower(entry)
+                del queue[entry]
+                self._enter(entry, level - 1)
                 if not queue:
                     continue
                 entry = next(iter(queue))
             next_expire = min(next_expire, entry.expire)
         self._next_expire = next_expire
-
-    def _lower(self, entry: _Entry) -> None:
-        del self._queues[entry.level][entry]
-        if entry.level == 1:
-            self._forget(entry)
-        else:
-            self._enter(entry, entry.level - 1)
 
     def _enter(self, entry: _Entry, level: int) -> None:
         entry.level = level

@@ -146,8 +146,8 @@ def test_entries_fall_with_time() -> None:
     assert queues(cache) == [0, 1, 0, 1]  # A fell at 5
     for _ in range(5):
         cache.load(B)
-    assert A not in cache  # and again, to history
-    assert queues(cache) == [1, 0, 0, 0, 1]
+    assert A in cache  # and no further: there is room
+    assert queues(cache) == [0, 1, 0, 0, 1]
     cache.check()
 
 
@@ -252,13 +252,9 @@ class Model:
         item.counter += 1
         self.move(item, item.counter.bit_length())
         self.time += 1
-        for queue in self.queues[1:]:
+        for queue in self.queues[2:]:
             if queue and queue[0].expire < self.time:
-                head = queue[0]
-                if head.level == 1:
-                    self.to_history(head)
-                else:
-                    self.move(head, head.level - 1)
+                self.move(queue[0], queue[0].level - 1)
                 break
 
     def load(self, oid: int, before: int) -> tuple[bytes, int, int | None] | None:
