@@ -59,9 +59,9 @@ def _progress_in_partition_table(db: SQLBackend) -> None:
 
 def _pack_in_partition_table(db: SQLBackend) -> None:
     db.set_config("partitions", None)
-    db.create_table(schema.PT)
     if "pack" not in db.columns("pt"):
         rebuild(db, schema.PT, "SELECT partition, nid, tid, NULL FROM pt")
+    db.create_table(schema.PT)
     # A database that never joined a cluster has no nid: no row is its own.
     db.execute(
         "UPDATE pt SET pack = 0 WHERE pack IS NULL"
