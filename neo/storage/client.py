@@ -1,0 +1,392 @@
+"""What clients ask of a storage node.
+
+Loads are answered on the loop: one look-up for pending objects, one query. The other
+reads go through the background reader. Source: behaviour 3.3 to 3.10, storage-format 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha1
+from struct import Struct
+from typing import TYPE_CHECKING, Any
+
+from neo.lib.connection import Connection
+from neo.lib.exception import ProtocolError
+from neo.lib.handler import Handler, Refused, refuse
+from neo.lib.protocol import (
+    INVALID_PARTITION,
+    MAX_TID,
+    ZERO_HASH,
+    AnswerFinalTID,
+    AnswerObject,
+    AnswerObjectHistory,
+    AnswerObjectUndoSerial,
+    AnswerOIDsFrom,
+    AnswerSize,
+    AnswerTIDs,
+    AnswerTIDsFrom,
+    AnswerTransactionInformation,
+    ErrorCode,
+)
+
+from .background import Slices
+from .database.interface import Metadata, Oid, Reader, Tid, Value
+from .locks import READABLE, Transaction, Write
+
+if TYPE_CHECKING:
+    from .operation import Operation
+    from .transactions import PackRequest
+
+_u64 = Struct(">Q").unpack
+
+# Rows read at a time.
+SLICE = 1000
+UNDO_SLICE = 100
+# Longest list that one request gets (its client asks for the rest).
+PAGE_MAX = 1 << 16
+
+
+def not_readable() -> Refused:
+    """The client's partition table is not ours: it tries another node."""
+    return Refused(ErrorCode.NON_READABLE_CELL)
+
+
+class ClientHandler(Handler):
+    """Serves the clients of a node in operation."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self.operation = operation
+        self.backend = operation.backend
+        self.background = operation.background
+        self.transactions = operation.transactions
+        # Bound once, for the loads.
+        self.access = operation.access
+        self.np = len(operation.access)
+        self.pending = operation.transactions.pending
+        self.load = operation.backend.load
+
+    def closed(self, conn: Connection) -> None:
+        node = conn.node
+        assert node is not None
+        if node.connection is conn:
+            node.connection = None
+            if not self.operation.is_over:
+                # What is voted may still be finished by the master.
+                self.transactions.abort_of_node(node, voted=False)
+
+    # --- loads --------------------------------------------------------------------
+
+    def ask_object(
+        self, conn: Connection, oid: Oid, at: Tid | None, before: Tid | None
+    ) -> None:
+        if self.access[_u64(oid)[0] % self.np] != READABLE:
+            raise not_readable()
+        if oid in self.pending:
+            self._load_pending(conn, conn.message_id, oid, at, before)
+            return
+        revision = self.load(oid, at, before)
+        if revision is None:
+            raise self._not_found(oid)
+        conn.send(AnswerObject, conn.message_id, (oid, *revision))
+
+    def _not_found(self, oid: Oid) -> Refused:
+        known = oid in self.pending or self.backend.last_tid_of(oid) is not None
+        code = ErrorCode.OID_NOT_FOUND if known else ErrorCode.OID_DOES_NOT_EXIST
+        return Refused(code, oid.hex())
+
+    def _load_pending(
+        self,
+        conn: Connection,
+        msg_id: int,
+        oid: Oid,
+        at: Tid | None,
+        before: Tid | None,
+    ) -> None:
+        result = self.transactions.load_pending(oid, at, before)
+        if isinstance(result, Transaction):
+            self.transactions.wait(
+                conn, result, lambda: self._load_again(conn, msg_id, oid, at, before)
+            )
+        elif result is None:
+            raise self._not_found(oid)
+        else:
+            conn.send(AnswerObject, msg_id, (oid, *result))
+
+    def _load_again(
+        self,
+        conn: Connection,
+        msg_id: int,
+        oid: Oid,
+        at: Tid | None,
+        before: Tid | None,
+    ) -> None:
+        """`ask_object`, after a wait."""
+        conn.message_id = msg_id
+        try:
+            self.ask_object(conn, oid, at, before)
+        except Refused as error:
+            refuse(conn, msg_id, error)
+
+    # --- reads that take longer ---------------------------------------------------
+
+    def _when_applied(
+        self,
+        conn: Connection,
+        find: Callable[[], Transaction | None],
+        read: Callable[[int], Slices],
+    ) -> None:
+        """Start `read(msg_id)` when `find()` finds no transaction to wait for."""
+        transaction = find()
+        if transaction is None:
+            self.background.start(conn, read(conn.message_id))
+            return
+        msg_id = conn.message_id
+
+        def again() -> None:
+            conn.message_id = msg_id
+            try:
+                self._when_applied(conn, find, read)
+            except Refused as error:
+                refuse(conn, msg_id, error)
+
+        self.transactions.wait(conn, transaction, again)
+
+    def _check_readable(self, partition: int) -> None:
+        if partition >= self.np or self.access[partition] != READABLE:
+            raise not_readable()
+
+    def ask_object_history(
+        self, conn: Connection, oid: Oid, first: int, last: int
+    ) -> None:
+        if first >= last:
+            raise ProtocolError(f"no history from {first} to {last}")
+        partition = _u64(oid)[0] % self.np
+        self._check_readable(partition)
+
+        def find() -> Transaction | None:
+            users = self.pending.get(oid)
+            return users[-1] if users else None
+
+        def read(msg_id: int) -> Slices:
+            end = min(last, first + PAGE_MAX)
+            history = yield lambda reader: reader.history(oid, first, end)
+            self._check_readable(partition)
+            if not history:
+                raise Refused(ErrorCode.OID_NOT_FOUND, oid.hex())
+            conn.send(AnswerObjectHistory, msg_id, (oid, history))
+
+        self._when_applied(conn, find, read)
+
+    def ask_transaction_information(self, conn: Connection, tid: Tid) -> None:
+        partition = _u64(tid)[0] % self.np
+        self._check_readable(partition)
+
+        def read(msg_id: int) -> Slices:
+            found = yield lambda reader: reader.transaction(tid)
+            self._check_readable(partition)
+            if found is None:
+                raise Refused(ErrorCode.TID_NOT_FOUND, tid.hex())
+            conn.send(
+                AnswerTransactionInformation,
+                msg_id,
+                (
+                    tid,
+                    found.user,
+                    found.description,
+                    found.extension,
+                    found.packed,
+                    found.oids,
+                ),
+            )
+
+        self._when_applied(conn, lambda: self.transactions.unapplied_at(tid), read)
+
+    def ask_tids(self, conn: Connection, first: int, last: int, partition: int) -> None:
+        if first >= last:
+            raise ProtocolError(f"no tids from {first} to {last}")
+        if partition != INVALID_PARTITION:
+            self._check_readable(partition)
+
+        def read(msg_id: int) -> Slices:
+            if partition == INVALID_PARTITION:
+                partitions = self.operation.readable_partitions()
+            else:
+                partitions = [partition]
+            end = min(last, first + PAGE_MAX)
+            tids = yield lambda reader: reader.tids(first, end, partitions)
+            for number in partitions:
+                self._check_readable(number)
+            conn.send(AnswerTIDs, msg_id, (tids,))
+
+        self._when_applied(
+            conn, lambda: self.transactions.unapplied_until(MAX_TID), read
+        )
+
+    def ask_tids_from(
+        self, conn: Connection, min_tid: Tid, max_tid: Tid, length: int, partition: int
+    ) -> None:
+        self._check_readable(partition)
+
+        def read(msg_id: int) -> Slices:
+            tids: list[Tid] = []
+            left, start = min(length, PAGE_MAX), min_tid
+            while left:
+                size = min(left, SLICE)
+                found = yield _reading_tids(partition, start, max_tid, size)
+                self._check_readable(partition)
+                tids += found
+                left -= size
+                if len(found) < size or not found:
+                    break
+                start = (int.from_bytes(found[-1], "big") + 1).to_bytes(8, "big")
+            conn.send(AnswerTIDsFrom, msg_id, (tids,))
+
+        self._when_applied(
+            conn, lambda: self.transactions.unapplied_until(max_tid), read
+        )
+
+    def ask_oids_from(
+        self, conn: Connection, partition: int, length: int, min_oid: Oid, tid: Tid
+    ) -> None:
+        self._check_readable(partition)
+
+        def read(msg_id: int) -> Slices:
+            oids: list[Oid] = []
+            left, start = min(length, PAGE_MAX), min_oid
+            while left:
+                size = min(left, SLICE)
+                found, following = yield _reading_oids(partition, size, start, tid)
+                self._check_readable(partition)
+                oids += found
+                left -= size
+                start = following
+                if start is None:
+                    break
+            conn.send(AnswerOIDsFrom, msg_id, (start, oids))
+
+        self._when_applied(conn, lambda: self.transactions.unapplied_until(tid), read)
+
+    def ask_final_tid(self, conn: Connection, ttid: Tid) -> None:
+        transaction = self.transactions.by_ttid.get(ttid)
+        if transaction is not None:
+            conn.answer(AnswerFinalTID, transaction.tid)
+            return
+        self._check_readable(_u64(ttid)[0] % self.np)
+        conn.answer(AnswerFinalTID, self.backend.final_tid(ttid))
+
+    def ask_object_undo_serial(
+        self,
+        conn: Connection,
+        ttid: Tid,
+        ltid: Tid,
+        undone_tid: Tid,
+        oids: Sequence[Oid],
+    ) -> None:
+        partitions = {_u64(oid)[0] % self.np: None for oid in oids}
+        for partition in partitions:
+            self._check_readable(partition)
+
+        def find() -> Transaction | None:
+            for oid in oids:
+                users = self.pending.get(oid)
+                if users:
+                    return users[-1]
+            return None
+
+        def read(msg_id: int) -> Slices:
+            result: Mapping[Oid, Any] = {}
+            written = self.transactions.written(ttid)
+            for start in range(0, len(oids), UNDO_SLICE):
+                some = oids[start : start + UNDO_SLICE]
+                found = yield _reading_undo(undone_tid, ltid, some, written)
+                for partition in partitions:
+                    self._check_readable(partition)
+                if found is None:
+                    raise Refused(ErrorCode.OID_NOT_FOUND, undone_tid.hex())
+                result = {**result, **found}
+            conn.send(AnswerObjectUndoSerial, msg_id, (result,))
+
+        self._when_applied(conn, find, read)
+
+    # --- writes -------------------------------------------------------------------
+
+    def ask_store_object(
+        self,
+        conn: Connection,
+        oid: Oid,
+        serial: Tid,
+        compression: int,
+        checksum: bytes,
+        data: bytes,
+        data_serial: Tid | None,
+        ttid: Tid,
+    ) -> None:
+        value: Value | None = None
+        if data or checksum != ZERO_HASH:
+            if sha1(data).digest() != checksum:
+                raise ProtocolError(f"{oid.hex()}: the checksum of the data is wrong")
+            value = checksum, data, compression
+        if oid > MAX_TID or serial > MAX_TID:
+            raise ProtocolError(f"invalid oid {oid.hex()} or serial {serial.hex()}")
+        if data_serial is not None and data_serial > MAX_TID:
+            raise ProtocolError(f"invalid data serial {data_serial.hex()}")
+        write = Write(serial, value, data_serial)
+        self.transactions.store(conn, ttid, oid, serial, write)
+
+    def ask_check_current_serial(
+        self, conn: Connection, ttid: Tid, oid: Oid, serial: Tid
+    ) -> None:
+        if oid > MAX_TID:
+            raise ProtocolError(f"invalid oid {oid.hex()}")
+        self.transactions.check_serial(conn, ttid, oid, serial)
+
+    def ask_relock_object(self, conn: Connection, ttid: Tid, oid: Oid) -> None:
+        self.transactions.relock(conn, ttid, oid)
+
+    def ask_store_transaction(
+        self,
+        conn: Connection,
+        ttid: Tid,
+        user: bytes,
+        description: bytes,
+        extension: bytes,
+        oids: Sequence[Oid],
+        pack: PackRequest | None,
+    ) -> None:
+        metadata = Metadata(user, description, extension, oids, pack)
+        self.transactions.vote(conn, ttid, metadata)
+
+    def ask_vote_transaction(self, conn: Connection, ttid: Tid) -> None:
+        self.transactions.vote(conn, ttid)
+
+    def abort_transaction(
+        self, conn: Connection, ttid: Tid, nids: Sequence[int]
+    ) -> None:
+        transaction = self.transactions.by_ttid.get(ttid)
+        if transaction is None or transaction.node is conn.node:
+            self.transactions.abort(ttid)
+
+    # --- beyond protocol 5 --------------------------------------------------------
+
+    def ask_size(self, conn: Connection) -> None:
+        conn.answer(AnswerSize, self.backend.size())
+
+
+def _reading_tids(
+    partition: int, start: Tid, max_tid: Tid, size: int
+) -> Callable[[Reader], list[Tid]]:
+    return lambda reader: reader.tids_from(partition, start, max_tid, size)
+
+
+def _reading_oids(
+    partition: int, size: int, start: Oid, tid: Tid
+) -> Callable[[Reader], tuple[list[Oid], Oid | None]]:
+    return lambda reader: reader.oids_from(partition, size, start, tid)
+
+
+def _reading_undo(
+    undone_tid: Tid, ltid: Tid, oids: Sequence[Oid], written: Mapping[Oid, Tid]
+) -> Callable[[Reader], Mapping[Oid, Any] | None]:
+    return lambda reader: reader.undo_serials(undone_tid, ltid, oids, written)

@@ -1,0 +1,214 @@
+"""A storage node in operation: from StartOperation to StopOperation or the loss of the
+master. What is volatile belongs to this phase, and is dropped with it.
+
+Source: behaviour 5.1, 5.3 and 5.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from neo.lib.connection import Connection
+from neo.lib.protocol import (
+    AnswerFinalTID,
+    CellState,
+    NotifyReady,
+    PackOrder,
+)
+
+from .background import Background, Chores
+from .client import ClientHandler
+from .database.interface import Tid
+from .initialization import Cells, MasterHandler
+from .locks import ABSENT, BLIND, COMPLETE, READABLE
+from .peers import PeerHandler
+from .replication import Replication
+from .transactions import Transactions
+
+if TYPE_CHECKING:
+    from .app import StorageNode
+
+# Rows that one slice of a deletion removes: it delays the commits of clients.
+DROP_SLICE = 500
+
+
+class OperationHandler(MasterHandler):
+    """What the master says during operation."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__(operation.node)
+        self.operation = operation
+        self.transactions = operation.transactions
+
+    def stop_operation(self, conn: Connection) -> None:
+        self.node.stop_operation(conn)
+
+    def notify_partition_changes(
+        self, conn: Connection, ptid: int, replicas: int, cells: Cells
+    ) -> None:
+        node = self.node
+        own = [
+            (partition, node.own_state(partition))
+            for partition, nid, _ in cells
+            if nid == node.nid and partition < node.pt.np
+        ]
+        super().notify_partition_changes(conn, ptid, replicas, cells)
+        if own:
+            self.operation.own_cells_changed(own)
+
+    def ask_lock_information(
+        self, conn: Connection, ttid: Tid, tid: Tid, pack: bool
+    ) -> None:
+        self.transactions.lock(conn, ttid, tid, pack)
+
+    def notify_unlock_information(self, conn: Connection, ttid: Tid) -> None:
+        self.transactions.unlock(ttid)
+
+    def ask_final_tid(self, conn: Connection, ttid: Tid) -> None:
+        transaction = self.transactions.by_ttid.get(ttid)
+        tid = transaction.tid if transaction else self.backend.final_tid(ttid)
+        conn.answer(AnswerFinalTID, tid)
+
+    def notify_transaction_finished(
+        self, conn: Connection, ttid: Tid, max_tid: Tid
+    ) -> None:
+        # Not locked here: this node was not there when it began.
+        self.transactions.abort(ttid)
+        self.operation.replication.finished(ttid, max_tid)
+
+    def abort_transaction(
+        self, conn: Connection, ttid: Tid, nids: Sequence[int]
+    ) -> None:
+        self.transactions.abort(ttid)
+        self.operation.replication.finished(ttid, None)
+
+    def answer_pack_orders(self, conn: Connection, orders: Sequence[PackOrder]) -> None:
+        """Not asked for: packing comes later."""
+
+
+class Operation:
+    """The phase in which clients are served.
+
+    `access`: how each partition may be used, see `locks`.
+    """
+
+    def __init__(self, node: StorageNode) -> None:
+        self.node = node
+        self.runtime = node.runtime
+        self.backend = node.backend
+        self.writer = node.writer
+        self.is_over = False
+        self.access = [ABSENT] * node.pt.np
+        self.background = Background(node.runtime, node.backend.background)
+        self.chores = Chores(node.runtime)
+        self.transactions = Transactions(
+            node.runtime,
+            node.backend,
+            node.writer,
+            self.access,
+            node.options.limits.lease,
+            self._transaction_ended,
+        )
+        self.peer_handler = PeerHandler(self)
+        self.replication = Replication(self)
+        self.client_handler = ClientHandler(self)
+        self.master_handler = OperationHandler(self)
+        self._set_access(range(node.pt.np))
+
+    def enter(self, conn: Connection) -> None:
+        """Serve. The master's next packet comes when unfinished data are dropped."""
+        conn.handler = self.master_handler
+        conn.notify(NotifyReady)
+        out_of_date = [p for p, access in enumerate(self.access) if access == BLIND]
+        self.replication.add(out_of_date)
+        self.writer.submit(self.backend.drop_unfinished)
+        self.master_handler.hold(conn, lambda: None)
+        self._drop(p for p, access in enumerate(self.access) if access == ABSENT)
+
+    def leave(self) -> None:
+        """Forget all that is volatile."""
+        self.is_over = True
+        self.background.is_over = True
+        self.chores.is_over = True
+        self.transactions.leave()
+        self.replication.leave()
+
+    def readable_partitions(self) -> list[int]:
+        """Numbers of the partitions that clients may read here."""
+        return [p for p, access in enumerate(self.access) if access == READABLE]
+
+    def _transaction_ended(self, ttid: Tid) -> None:
+        self.replication.try_finish()
+
+    # --- partition table ----------------------------------------------------------
+
+    def _set_access(self, partitions: Iterable[int]) -> None:
+        node = self.node
+        for partition in partitions:
+            state = node.own_state(partition)
+            if node.is_readable(partition):
+                access = READABLE
+            elif state is CellState.OUT_OF_DATE:
+                is_complete = partition in self.replication.complete
+                access = COMPLETE if is_complete else BLIND
+            else:
+                access = ABSENT
+            self.access[partition] = access
+
+    def refresh_access(self, partitions: Sequence[int]) -> None:
+        """The state of cells, or what is known of them, changed."""
+        self._set_access(partitions)
+        self.transactions.access_changed(partitions)
+
+    def own_cells_changed(self, before: Sequence[tuple[int, CellState | None]]) -> None:
+        """Cells of this node changed: (partition, former state). Source: 5.8."""
+        added, gone = [], []
+        is_updated = False
+        for partition, former in before:
+            state = self.node.own_state(partition)
+            if state is not CellState.OUT_OF_DATE:
+                self.replication.remove(partition)
+                is_updated = is_updated or former is CellState.OUT_OF_DATE
+            elif former is not CellState.OUT_OF_DATE:
+                added.append(partition)
+            if state is None or state is CellState.CORRUPTED:
+                gone.append(partition)
+        self.refresh_access([partition for partition, _ in before])
+        self.replication.add(added)
+        self._drop(p for p in gone if self.node.own_state(p) is None)
+        if is_updated:
+            self.writer.barrier(self._notify_pack_completed)
+
+    def _notify_pack_completed(self) -> None:
+        if not self.is_over:
+            self.node.notify_pack_completed()
+
+    def _drop(self, partitions: Iterable[int]) -> None:
+        if not self.node.options.disable_drop_partitions:
+            for partition in partitions:
+                self.chores.add(partial(self._drop_slice, partition))
+
+    def _drop_slice(self, partition: int, done: Callable[[bool], object]) -> None:
+        if self.node.own_state(partition) is not None:
+            done(False)  # assigned again
+            return
+        self.writer.submit(
+            lambda: self.backend.drop_partition(partition, DROP_SLICE),
+            done,
+            durable=False,
+        )
+
+    def check(self) -> None:
+        """Assert what must hold between two events."""
+        self.transactions.check()
+        self.replication.check()
+        node = self.node
+        assert len(self.access) == node.pt.np
+        for partition, access in enumerate(self.access):
+            state = node.own_state(partition)
+            assert (access == READABLE) == node.is_readable(partition), partition
+            assert (access in (BLIND, COMPLETE)) == (state is CellState.OUT_OF_DATE), (
+                partition
+            )

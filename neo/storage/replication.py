@@ -1,0 +1,569 @@
+"""Replication: how the OUT_OF_DATE cells of this node become readable.
+
+For each such partition, a `Target`. The master says up to which tid the others are
+committed, and which transactions are still open (AskUnfinishedTransactions); all that
+begins later is written here too, without checking conflicts (`locks.BLIND`). The
+partition is copied from a readable cell up to that tid; then again when the last of the
+open transactions ended, up to the tid of the last one that was committed. When nothing
+is missing, it is COMPLETE: writes are checked again, and those made blindly get their
+locks; as soon as no two transactions compete for one, the master is told
+(NotifyReplicationDone), who makes the cell readable.
+
+A `Session` copies one partition from one source: transactions, then objects, by chunks;
+the progress in objects is recorded with each chunk. Any failure ends the session; the
+target remains, and another source is tried. What arrives late belongs to no session.
+
+Source: behaviour 5.4 to 5.7, storage-format 14.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha1
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from neo.lib.connection import Connection, Request
+from neo.lib.exception import ProtocolError
+from neo.lib.handler import Handler
+from neo.lib.node import Node, nid_str, wire_address
+from neo.lib.protocol import (
+    ZERO_HASH,
+    ZERO_OID,
+    ZERO_TID,
+    AskFetchObjects,
+    AskFetchTransactions,
+    AskUnfinishedTransactions,
+    CellState,
+    CloseClient,
+    ErrorCode,
+    NodeType,
+    NotifyReplicationDone,
+    Packet,
+    RequestIdentification,
+)
+from neo.lib.util import add64
+
+from .background import QUEUE
+from .database.interface import Oid, PackOrder, Tid, Transaction, Value
+
+if TYPE_CHECKING:
+    from .operation import Operation
+
+CHUNK = 1000  # items of one request
+SESSIONS_MAX = 2  # partitions copied at a time
+RETRY_DELAY = 1.0  # seconds between two attempts to copy a partition
+RELEASE_DELAY = 100.0  # seconds that an unused connection is kept
+
+
+class Target:
+    """A partition to copy.
+
+    `goal` is the last tid to have, None while the master has not said; `done` the last
+    one of which everything is here; `watched` are the transactions that were open.
+    """
+
+    __slots__ = ("avoid", "done", "goal", "partition", "watched")
+
+    def __init__(self, partition: int, done: Tid) -> None:
+        self.partition = partition
+        self.done = done
+        self.goal: Tid | None = None
+        self.watched: dict[Tid, None] = {}
+        self.avoid: int | None = None  # nid of the source that failed last
+
+    @property
+    def is_late(self) -> bool:
+        """Whether something is known to be missing."""
+        return self.goal is not None and self.goal > self.done
+
+
+class Replication:
+    """Copies the OUT_OF_DATE partitions of a node in operation."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self.node = operation.node
+        self.runtime = operation.runtime
+        self.targets: dict[int, Target] = {}
+        # Replicated, the master has not made them readable yet: told so, or not.
+        self.complete: dict[int, bool] = {}
+        self._tids: dict[int, Tid] = {}  # up to which these were copied
+        self.sessions: dict[int, Session] = {}
+        self.is_over = False
+        self._connecting: dict[Node, Connection] = {}
+        self._scheduled = False
+
+    # --- what is to be copied -----------------------------------------------------
+
+    def add(self, partitions: Sequence[int]) -> None:
+        """Cells of this node are OUT_OF_DATE now."""
+        if not partitions:
+            return
+        targets = {}
+        for partition in partitions:
+            # Where to start is read when the change of the table is on disk.
+            target = targets[partition] = Target(partition, ZERO_TID)
+            self.targets[partition] = target
+
+        def started(max_tid: Tid, ttids: Sequence[Tid]) -> None:
+            for partition, target in targets.items():
+                if self.targets.get(partition) is target:
+                    target.goal = max_tid
+                    target.watched = dict.fromkeys(ttids)
+            # Also lets a deletion of these partitions end that was submitted before.
+            self.node.writer.barrier(lambda: self._started(targets))
+
+        assert self.node.master is not None
+        self.node.master.ask(AskUnfinishedTransactions, list(partitions)).then(
+            lambda *args: None if self.is_over else started(*args)
+        )
+
+    def _started(self, targets: Mapping[int, Target]) -> None:
+        if self.is_over:
+            return
+        cells = self.node.backend.own_cells()
+        for partition, target in targets.items():
+            if self.targets.get(partition) is target and partition in cells:
+                target.done = cells[partition].tid or ZERO_TID
+        self.advance()
+
+    def remove(self, partition: int) -> None:
+        """The cell is not OUT_OF_DATE any more, or not ours."""
+        self.targets.pop(partition, None)
+        self.complete.pop(partition, None)
+        self._tids.pop(partition, None)
+        session = self.sessions.pop(partition, None)
+        if session is not None:
+            session.is_over = True
+
+    def finished(self, ttid: Tid, tid: Tid | None) -> None:
+        """A transaction that was open ended; `tid`: it was committed."""
+        is_ours = False
+        for target in self.targets.values():
+            if ttid in target.watched:
+                is_ours = True
+                del target.watched[ttid]
+                if tid is not None and target.goal is not None:
+                    target.goal = max(target.goal, tid)
+        if is_ours:
+            self.advance()
+
+    def leave(self) -> None:
+        """The node leaves operation."""
+        self.is_over = True
+        for session in self.sessions.values():
+            session.is_over = True
+        self.sessions.clear()
+
+    # --- copying ------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Start what can be started, finish what can be finished."""
+        for target in list(self.targets.values()):
+            if target.goal is None or target.partition in self.sessions:
+                continue
+            if not (target.is_late or target.watched):
+                self._replicated(target)
+        late = sorted(
+            (target.done, bool(target.watched), target.partition)
+            for target in self.targets.values()
+            if target.is_late and target.partition not in self.sessions
+        )
+        for _, _, partition in late:
+            if len(self.sessions) >= SESSIONS_MAX:
+                return
+            self._start(self.targets[partition])
+
+    def _start(self, target: Target) -> None:
+        source = self._choose_source(target)
+        if source is None:
+            self._retry_later()
+            return
+        session = self.sessions[target.partition] = Session(self, target, source)
+        conn = source.connection
+        if conn is not None:
+            link = self.operation.peer_handler.links[conn]
+            link.is_client = True
+            session.start(conn)
+        elif source not in self._connecting:
+            assert source.address is not None
+            handler = SourceIdentification(self, source)
+            conn = self.runtime.connect(source.address, handler)
+            self._connecting[source] = conn
+            self.node.connections[conn] = None
+
+    def _choose_source(self, target: Target) -> Node | None:
+        """A running node with a readable cell, at random; not the one that failed."""
+        running = self.node.nodes.running()
+        nids = [
+            nid
+            for nid in self.node.pt.readable[target.partition]
+            if nid in running
+            and nid != self.node.nid
+            and running[nid].address is not None
+        ]
+        others = [nid for nid in nids if nid != target.avoid]
+        candidates = sorted(others or nids)
+        return running[self.runtime.rng.choice(candidates)] if candidates else None
+
+    def failed(self, session: Session, reason: str) -> None:
+        """A session ends before it is done."""
+        if session.is_over:
+            return
+        session.is_over = True
+        target = session.target
+        del self.sessions[target.partition]
+        target.avoid = session.source.nid
+        self.node.log.warning(
+            "replication of partition %d from %s interrupted: %s",
+            target.partition,
+            nid_str(session.source.nid),
+            reason,
+        )
+        self._retry_later()
+
+    def _retry_later(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self.runtime.call_later(RETRY_DELAY, self._retry)
+
+    def _retry(self) -> None:
+        self._scheduled = False
+        if not self.is_over:
+            self.advance()
+
+    def copied(self, session: Session) -> None:
+        """A session is done: all is here and on disk up to its goal."""
+        target = session.target
+        del self.sessions[target.partition]
+        target.done = session.goal
+        target.avoid = None
+        conn = session.conn
+        assert conn is not None
+        self.advance()
+        if not any(s.conn is conn for s in self.sessions.values()):
+            self.runtime.call_later(RELEASE_DELAY, lambda: self._release(conn))
+
+    def _release(self, conn: Connection) -> None:
+        """Give up a connection that was not used for long. Source: protocol 6.5."""
+        link = self.operation.peer_handler.links.get(conn)
+        if (
+            link is None
+            or not link.is_client
+            or any(session.conn is conn for session in self.sessions.values())
+        ):
+            return
+        if link.is_server:
+            link.is_client = False
+            conn.notify(CloseClient)
+        else:
+            conn.close("unused")
+
+    # --- the end ------------------------------------------------------------------
+
+    def _replicated(self, target: Target) -> None:
+        """Nothing is missing: writes are checked from now on."""
+        del self.targets[target.partition]
+        self.complete[target.partition] = False
+        self._tids[target.partition] = target.done
+        self.operation.refresh_access([target.partition])
+        self.try_finish()
+
+    def try_finish(self) -> None:
+        """Tell the master of the partitions in which no blind writes compete."""
+        waiting = [p for p, is_told in self.complete.items() if not is_told]
+        if not waiting or self.is_over:
+            return
+        transactions = self.operation.transactions
+        excluded = transactions.reserve_blind_writes(waiting)
+        master = self.node.master
+        assert master is not None
+        for partition in waiting:
+            if partition not in excluded:
+                self.complete[partition] = True
+                master.notify(NotifyReplicationDone, partition, self._tids[partition])
+                transactions.settle_blind_writes(partition)
+
+    # --- connections --------------------------------------------------------------
+
+    def connecting(self, peer: Node) -> Connection | None:
+        """The connection that is being opened to a node."""
+        return self._connecting.get(peer)
+
+    def connected(self, source: Node, conn: Connection) -> None:
+        """A source accepted us."""
+        del self._connecting[source]
+        for session in list(self.sessions.values()):
+            if session.source is source and session.conn is None:
+                session.start(conn)
+
+    def not_connected(self, source: Node, reason: str) -> None:
+        """A source could not be reached, or refused."""
+        self._connecting.pop(source, None)
+        conn = source.connection
+        for session in list(self.sessions.values()):
+            if session.source is source and session.conn is None:
+                if conn is not None and not conn.closed:
+                    # It connected to us meanwhile.
+                    self.operation.peer_handler.links[conn].is_client = True
+                    session.start(conn)
+                else:
+                    self.failed(session, reason)
+
+    def source_lost(self, conn: Connection) -> None:
+        """A connection with a storage is closed."""
+        for session in list(self.sessions.values()):
+            if session.conn is conn:
+                self.failed(session, conn.reason)
+
+    def received(self, conn: Connection, args: tuple[Any, ...]) -> None:
+        """AddTransaction or AddObject: of the present request of a session, or late."""
+        for session in self.sessions.values():
+            if (
+                session.conn is conn
+                and session.request is not None
+                and session.request.msg_id == conn.message_id
+            ):
+                session.received(args)
+                return
+
+    # --- debugging ----------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        return [
+            f"replication of {t.partition}: {t.done.hex()} of"
+            f" {t.goal.hex() if t.goal else None}, {len(t.watched)} watched"
+            for t in self.targets.values()
+        ]
+
+    def check(self) -> None:
+        """Assert that each session has a target, each target an OUT_OF_DATE cell."""
+        for partition in (*self.targets, *self.complete):
+            state = self.node.own_state(partition)
+            assert state is CellState.OUT_OF_DATE, (partition, state)
+        for partition, session in self.sessions.items():
+            assert self.targets[partition] is session.target
+            assert not session.is_over
+
+
+class SourceIdentification(Handler):
+    """Our identification at a source."""
+
+    def __init__(self, replication: Replication, source: Node) -> None:
+        super().__init__()
+        self._replication = replication
+        self._node = replication.node
+        self._source = source
+
+    def connected(self, conn: Connection) -> None:
+        node = self._node
+        conn.ask(
+            RequestIdentification,
+            NodeType.STORAGE,
+            node.nid,
+            wire_address(node.address),
+            node.options.cluster.encode(),
+            node.id_timestamp,
+            {},
+        )
+        limit = node.options.limits.storage_timeout
+        node.runtime.call_later(limit, lambda: self._timeout(conn))
+
+    def _timeout(self, conn: Connection) -> None:
+        if conn.handler is self:
+            conn.close("no answer to the identification")
+
+    def accept_identification(
+        self,
+        conn: Connection,
+        node_type: NodeType,
+        nid: int | None,
+        your_nid: int | None,
+    ) -> None:
+        source = self._source
+        if (
+            node_type is not NodeType.STORAGE
+            or nid != source.nid
+            or your_nid != self._node.nid
+        ):
+            raise ProtocolError(f"{nid_str(source.nid)} was expected")
+        self._node.runtime.connection_succeeded(conn.address)
+        operation = self._replication.operation
+        conn.set_node(source)
+        source.connection = conn
+        conn.handler = operation.peer_handler
+        operation.peer_handler.connected_to(conn, source)
+        self._replication.connected(source, conn)
+
+    def error(
+        self, conn: Connection, packet: Packet[...] | None, code: int, text: str
+    ) -> None:
+        conn.close(text or str(code))
+
+    def closed(self, conn: Connection) -> None:
+        self._node.forget(conn)
+        self._replication.not_connected(self._source, conn.reason)
+
+
+class Session:
+    """The copy of a partition from a source, up to `goal`."""
+
+    def __init__(self, replication: Replication, target: Target, source: Node) -> None:
+        assert target.goal is not None
+        self.replication = replication
+        self.target = target
+        self.source = source
+        self.goal = target.goal
+        self.conn: Connection | None = None
+        self.request: Request | None = None
+        self.is_over = False
+        self._first = add64(target.done, 1) if target.done > ZERO_TID else ZERO_TID
+        self._items: list[tuple[Any, ...]] = []
+        self._backend = replication.node.backend
+        self._writer = replication.node.writer
+
+    def start(self, conn: Connection) -> None:
+        """Copy from a source that is connected."""
+        self.conn = conn
+        self._ask_transactions(self._first, is_first=True)
+
+    def _read(self, read: Callable[[], Any], done: Callable[[Any], object]) -> None:
+        def call(result: Any) -> None:
+            if isinstance(result, Exception):
+                raise result
+            if not self.is_over:
+                done(result)
+
+        self.replication.runtime.submit(QUEUE, read, call)
+
+    def _write(
+        self, job: Callable[[], None], done: Callable[[], object], *, durable: bool
+    ) -> None:
+        def call(result: None) -> None:
+            if not self.is_over:
+                done()
+
+        self._writer.submit(job, call, durable=durable)
+
+    def _failed(self, code: int | None, text: str) -> None:
+        name = "" if code is None else f"{ErrorCode(code).name} "
+        self.replication.failed(self, f"{name}{text}")
+
+    def received(self, args: tuple[Any, ...]) -> None:
+        """An item of the present chunk."""
+        if len(args) == 6:
+            checksum, data = args[3], args[4]
+            if (data or checksum != ZERO_HASH) and sha1(data).digest() != checksum:
+                # Another replica may have it right.
+                oid, tid = args[0], args[1]
+                self.replication.failed(
+                    self, f"{oid.hex()} at {tid.hex()}: wrong checksum"
+                )
+                return
+        self._items.append(args)
+
+    def _take(self) -> list[tuple[Any, ...]]:
+        self.request = None
+        items, self._items = self._items, []
+        return items
+
+    # --- transactions -------------------------------------------------------------
+
+    def _ask_transactions(self, min_tid: Tid, is_first: bool = False) -> None:
+        partition, goal = self.target.partition, self.goal
+        reader = self._backend.background
+
+        def ask(known: list[Tid]) -> None:
+            assert self.conn is not None
+            self.request = self.conn.ask(
+                AskFetchTransactions, partition, CHUNK, min_tid, goal, known, is_first
+            ).then(self._transactions, self._failed)
+
+        self._read(lambda: reader.tids_from(partition, min_tid, goal, CHUNK), ask)
+
+    def _transactions(
+        self, next_tid: Tid | None, delete: Sequence[Tid], completed: Tid | None
+    ) -> None:
+        items = self._take()
+        if self.is_over:
+            return
+        backend, partition = self._backend, self.target.partition
+
+        def write() -> None:
+            for tid in delete:
+                backend.delete_transaction(tid)
+            for tid, user, description, extension, packed, ttid, oids, pack in items:
+                order = pack and PackOrder(*pack)
+                backend.add_transaction(
+                    tid,
+                    Transaction(
+                        user, description, extension, oids, packed, ttid, order
+                    ),
+                )
+            if completed is not None:
+                own = backend.own_cells().get(partition)
+                if own is not None and completed < own.pack:
+                    backend.set_packed(partition, completed)
+
+        def written() -> None:
+            if next_tid is None:
+                self._ask_objects(self._first, ZERO_OID)
+            else:
+                self._ask_transactions(next_tid)
+
+        self._write(write, written, durable=False)
+
+    # --- objects ------------------------------------------------------------------
+
+    def _ask_objects(self, min_tid: Tid, min_oid: Oid) -> None:
+        partition, goal = self.target.partition, self.goal
+        reader = self._backend.background
+
+        def ask(keys: list[tuple[Tid, Oid]]) -> None:
+            known = {
+                tid: [oid for _, oid in group]
+                for tid, group in groupby(keys, lambda key: key[0])
+            }
+            assert self.conn is not None
+            self.request = self.conn.ask(
+                AskFetchObjects, partition, CHUNK, min_tid, goal, min_oid, known
+            ).then(self._objects, self._failed)
+
+        self._read(
+            lambda: reader.object_keys(partition, CHUNK, min_tid, goal, min_oid), ask
+        )
+
+    def _objects(
+        self,
+        next_tid: Tid | None,
+        next_oid: Oid | None,
+        delete: Mapping[Tid, Sequence[Oid]],
+    ) -> None:
+        items = self._take()
+        if self.is_over:
+            return
+        backend, partition, goal = self._backend, self.target.partition, self.goal
+        if next_tid is not None and (next_oid is None or next_tid == ZERO_TID):
+            self.replication.failed(self, f"invalid position {next_tid.hex()}")
+            return
+
+        def write() -> None:
+            for tid, oids in delete.items():
+                for oid in oids:
+                    backend.delete_object(oid, tid)
+            for oid, tid, compression, checksum, data, value_tid in items:
+                value: Value | None = None
+                if data or checksum != ZERO_HASH:
+                    value = checksum, data, compression
+                backend.add_object(oid, tid, value, value_tid)
+            done = goal if next_tid is None else add64(next_tid, -1)
+            backend.set_replicated(partition, done)
+
+        if next_tid is None:
+            # Durable: the master is going to be told.
+            self._write(write, lambda: self.replication.copied(self), durable=True)
+        else:
+            position = next_tid, next_oid or ZERO_OID
+            self._write(write, lambda: self._ask_objects(*position), durable=False)
