@@ -51,10 +51,11 @@ class Request:
     handler was replaced meanwhile (its phase is over), it is dropped.
     """
 
-    __slots__ = ("done", "failed", "handler", "over", "packet")
+    __slots__ = ("done", "failed", "handler", "msg_id", "over", "packet")
 
     def __init__(self, packet: Packet[...], handler: Handler) -> None:
         self.packet = packet
+        self.msg_id = -1  # of the packet; notifications that answer it carry it too
         self.handler = handler
         self.done: Callable[..., object] | None = None
         self.failed: Callable[[int | None, str], object] | None = None
@@ -193,7 +194,7 @@ class Connection:
         if self.closed:
             request.over = True
             return request
-        msg_id = self._new_id()
+        request.msg_id = msg_id = self._new_id()
         self._pending[msg_id] = request
         self.send(packet, msg_id, args)
         return request
@@ -283,29 +284,36 @@ class Connection:
                 request.failed(None, reason)
 
     def watch_silence(
-        self, ping_after: float, limit: float, *, only_if_owed: bool = False
+        self,
+        ping_after: float,
+        limit: float,
+        *,
+        only_if_owed: bool = False,
+        allowed: Callable[[], bool] = lambda: True,
+        unless: Callable[[], bool] = lambda: False,
     ) -> None:
         """Close the connection if the peer sends no byte for `limit` seconds.
 
         A Ping goes out after `ping_after`. `only_if_owed`: only while an answer is due.
+        `allowed` is asked before closing; if not, again later. `unless`: while this is
+        true, no Ping may be sent, and silence is normal.
         """
 
         def tick() -> None:
             if self.closed:
                 return
             now = self.runtime.monotonic()
-            if only_if_owed and not self._pending:
-                self.last_received = max(self.last_received, now - ping_after)
+            if (only_if_owed and not self._pending) or unless():
+                self.last_received = now  # silence counts from here, if one gets due
             silence = now - self.last_received
-            if silence >= limit:
+            if silence >= limit and allowed():
                 self.log.warning("%s: silent for %.0f s: closed", self, silence)
                 self.close("silent")
                 return
-            if silence >= ping_after:
+            if ping_after <= silence < limit:
                 self.ask(Ping).then(lambda: None)
-            self.runtime.call_later(
-                ping_after if silence < ping_after else limit - silence, tick
-            )
+            delay = limit - silence if ping_after <= silence < limit else ping_after
+            self.runtime.call_later(delay, tick)
 
         self.runtime.call_later(ping_after, tick)
 

@@ -1,0 +1,249 @@
+"""Identification: who connects to the primary master (behaviour 1.2, protocol 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from neo.lib.connection import Connection
+from neo.lib.exception import ProtocolError
+from neo.lib.handler import Handler, not_ready
+from neo.lib.node import Node, address_from_wire, as_row, nid_str, nid_type
+from neo.lib.protocol import (
+    AcceptIdentification,
+    CellState,
+    NodeState,
+    NodeType,
+    NotifyNodeInformation,
+    WireAddress,
+)
+from neo.lib.util import format_address
+
+from . import policy
+from .phase import Claim
+
+if TYPE_CHECKING:
+    from .app import Master
+
+
+class Identification(Handler):
+    """A connection whose peer is not identified."""
+
+    def __init__(self, master: Master) -> None:
+        super().__init__()
+        self.master = master
+
+    def request_identification(
+        self,
+        conn: Connection,
+        node_type: NodeType,
+        nid: int | None,
+        address: WireAddress | None,
+        cluster_name: bytes,
+        id_timestamp: float | None,
+        extra: Mapping[bytes, Any],
+    ) -> None:
+        master = self.master
+        if cluster_name != master.cluster_name:
+            name = cluster_name.decode(errors="backslashreplace")
+            raise ProtocolError(
+                f"cluster name {name!r} expected, the master at"
+                f" {format_address(master.address)} serves {master.options.cluster!r}"
+            )
+        where = address_from_wire(address)
+        if where == master.address:
+            raise ProtocolError(f"address conflict: {format_address(where)} is mine")
+        if nid is not None and nid_type(nid) is not node_type:
+            nid = None  # it can only be a mistake
+        claim = Claim(node_type, nid, where, id_timestamp, extra)
+        master.phase.identify(conn, claim)
+
+    # --- the primary ------------------------------------------------------------------
+
+    def identify(self, conn: Connection, claim: Claim) -> None:
+        """Accept a peer or refuse it (Refused, ProtocolError)."""
+        master = self.master
+        self._replace_silent(claim)
+        kind = claim.kind
+        if kind is NodeType.STORAGE and claim.address is None:
+            self._clone(conn, claim)
+            return
+        node = self._look_up(claim)
+        if kind is NodeType.CLIENT:
+            self._client(conn, claim, node)
+        elif kind is NodeType.STORAGE:
+            state = master.primary.storage_state(node)
+            self._accept(conn, claim, node, state, master.primary.storage)
+        elif kind is NodeType.ADMIN:
+            self._accept(conn, claim, node, NodeState.RUNNING, master.admin_handler)
+        elif claim.address is None:
+            raise ProtocolError("a master has an address")
+        elif master.primary.master_claims(conn, claim):
+            self._accept(conn, claim, node, NodeState.RUNNING, master.master_handler)
+
+    def _replace_silent(self, claim: Claim) -> None:
+        """Drop a connection that is dead, but not known to be (behaviour 12.1 D5)."""
+        master = self.master
+        node = master.nodes.by_address(claim.address)
+        if node is None or node.connection is None:
+            return
+        silence = master.runtime.monotonic() - node.connection.last_received
+        if (
+            silence >= master.limits.ping_after
+            and node.type is claim.kind
+            and (claim.nid is None or claim.nid == node.nid)
+        ):
+            node.connection.close("replaced by a new connection of the same node")
+
+    def _look_up(self, claim: Claim) -> Node | None:
+        """The node that the peer is; None for a new one."""
+        nodes = self.master.nodes
+        by_nid = nodes.by_nid(claim.nid)
+        by_address = nodes.by_address(claim.address)
+        if by_address is not None:
+            if by_address.type is not claim.kind:
+                raise ProtocolError(
+                    f"address conflict: {by_address} is at this address"
+                )
+            if by_address.connection is not None:
+                raise ProtocolError(f"already connected: {nid_str(by_address.nid)}")
+            if by_nid in (None, by_address):
+                return self._same_storage(claim, by_address)
+            if claim.nid is not None and claim.nid < 0:
+                return by_address
+            raise ProtocolError(
+                f"{nid_str(claim.nid)} is not at this address: {by_address} is"
+            )
+        if by_nid is None or by_nid is self.master.node:
+            return None
+        if by_nid.connection is None:
+            return by_nid
+        if claim.nid is not None and claim.nid < 0:
+            return None
+        return self._permanent_twice(claim, by_nid)
+
+    def _same_storage(self, claim: Claim, node: Node) -> Node | None:
+        """A node that was known at this address, unless it has another database now.
+
+        A storage whose database was erased must not be taken for the one with the data.
+        """
+        if (
+            claim.kind is NodeType.STORAGE
+            and claim.nid != node.nid
+            and self.master.is_member(node.nid)
+        ):
+            self.master.log.warning(
+                "%s: another database than that of %s is at its address",
+                format_address(claim.address or ("", 0)),
+                nid_str(node.nid),
+            )
+            self.master.nodes.set_address(node, None)
+            self.master.tell_nodes([node])
+            return None
+        return node
+
+    def _permanent_twice(self, claim: Claim, node: Node) -> Node | None:
+        """Two storages have the same nid: of an empty one, it is only a wish.
+
+        It happens when masters met after they had given nids.
+        """
+        empty = self.master.primary.empty_storages
+        if claim.address in empty:
+            return None
+        if node.address in empty:
+            node.connection.close("its nid belongs to another storage")
+            return node
+        raise ProtocolError(f"duplicated node id: {nid_str(node.nid)} is connected")
+
+    # --- by type ----------------------------------------------------------------------
+
+    def _client(self, conn: Connection, claim: Claim, node: Node | None) -> None:
+        backup = claim.extra.get(b"backup")
+        read_only = bool(claim.extra.get(b"read_only", backup is not None))
+        if claim.address is not None:
+            raise ProtocolError("a client has no address")
+        handler = self.master.primary.client_handler(read_only)
+        if node is not None and node.type is not NodeType.CLIENT:
+            node = None
+        self._accept(conn, claim, node, NodeState.RUNNING, handler)
+
+    def _clone(self, conn: Connection, claim: Claim) -> None:
+        """A copied database that wants a nid of its own (behaviour 2.9)."""
+        master = self.master
+        if not master.primary.may_clone():
+            raise not_ready(f"the cluster is {master.phase.state}")
+        partitions = claim.extra.get(b"new_nid")
+        np = master.pt.np
+        if (
+            claim.nid is not None
+            or not partitions
+            or type(partitions) is not tuple
+            or not all(type(p) is int and 0 <= p < np for p in partitions)
+        ):
+            raise ProtocolError("a storage has an address, or wants a new node id")
+        node = self._register(claim, None, NodeState.DOWN)
+        assert node.nid is not None
+        nid = node.nid
+        cells: list[policy.Cell] = [
+            (partition, nid, CellState.OUT_OF_DATE)
+            for partition in dict.fromkeys(partitions)
+        ]
+        master.change_table(cells)
+        self._welcome(conn, node, master.primary.storage)
+
+    # --- accepting --------------------------------------------------------------------
+
+    def _accept(
+        self,
+        conn: Connection,
+        claim: Claim,
+        node: Node | None,
+        state: NodeState,
+        handler: Handler,
+    ) -> None:
+        self._welcome(conn, self._register(claim, node, state), handler)
+
+    def _register(self, claim: Claim, node: Node | None, state: NodeState) -> Node:
+        """Put the peer into the node table, and tell the others."""
+        nodes = self.master.nodes
+        kind, wanted, address, _, extra = claim
+        if node is None:
+            node = nodes.add(kind, nodes.free_nid(kind, address, wanted), address)
+        else:
+            if address is not None:
+                nodes.set_address(node, address)
+            if node.nid is None or wanted not in (None, node.nid):
+                nodes.set_nid(node, nodes.free_nid(kind, node.address, wanted))
+        node.extra = _extra(kind, extra)
+        node.state = state
+        node.id_timestamp = self.master.timestamp()
+        self.master.tell_nodes([node], but=node)
+        return node
+
+    def _welcome(self, conn: Connection, node: Node, handler: Handler) -> None:
+        """Tell the peer that it is accepted, and what it must know."""
+        master = self.master
+        node.connection = conn
+        conn.set_node(node)
+        conn.handler = handler
+        master.log.info("%s is accepted", node)
+        conn.answer(AcceptIdentification, NodeType.MASTER, master.node.nid, node.nid)
+        others = [n for n in master.nodes if n is not node]
+        rows = master.told_about(node, others)
+        # The peer first: nobody else tells it its own id timestamp.
+        conn.notify(NotifyNodeInformation, master.timestamp(), [as_row(node), *rows])
+        master.primary.joined(node, conn)
+
+
+def _extra(kind: NodeType, extra: Mapping[bytes, Any]) -> dict[str, Any]:
+    """What a peer says of itself, as far as it makes sense."""
+    known: dict[str, Any] = {}
+    path = extra.get(b"devpath")
+    if kind is NodeType.STORAGE and type(path) is tuple:
+        known["devpath"] = tuple(part for part in path if type(part) is bytes)
+    backup = extra.get(b"backup")
+    if kind is NodeType.ADMIN and type(backup) is tuple:
+        known["backup"] = backup
+    if kind is NodeType.CLIENT and type(backup) is bytes:
+        known["backup"] = backup
+    return known

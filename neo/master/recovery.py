@@ -1,0 +1,403 @@
+"""RECOVERING: find the storages needed to start, and the newest partition table.
+
+Source: behaviour 2.4. The election takes place meanwhile (election.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from neo.lib.connection import Connection
+from neo.lib.exception import ProtocolError
+from neo.lib.handler import denied
+from neo.lib.node import Node, nid_str, nid_type
+from neo.lib.protocol import (
+    AskPartitionTable,
+    AskRecovery,
+    CellState,
+    ClusterState,
+    NodeState,
+    NodeType,
+    Ptid,
+    Rows,
+    SendPartitionTable,
+    Tid,
+    Truncate,
+    UInt,
+)
+from neo.lib.util import format_address
+
+from . import policy
+from .election import Election, Secondary
+from .phase import Claim, PrimaryPhase, Storage
+from .verification import Verifying
+
+if TYPE_CHECKING:
+    from .app import Master
+
+
+class Answer(NamedTuple):
+    """AnswerRecovery."""
+
+    ptid: int | None
+    backup_tid: bytes | None
+    truncate_tid: bytes | None
+
+
+class Recovering(PrimaryPhase):
+    """Wait for the storage nodes needed to start, and learn the newest table."""
+
+    state = ClusterState.RECOVERING
+    successors = frozenset({ClusterState.VERIFYING, ClusterState.STOPPING, None})
+    keeps_lost = True
+
+    def __init__(self, master: Master) -> None:
+        super().__init__(master)
+        self.storage = RecoveringStorage(self)
+        self.election = Election(master)
+        self.answers: dict[Node, Answer] = {}
+        self.asked: dict[Node, None] = {}  # they owe us an answer
+        self.best: int | None = None  # greatest ptid seen
+        self.source: Node | None = None  # asked for its table
+        self.spares: list[Node] = []  # they have the same one
+        self.loaded = False
+        self.backup_tid: bytes | None = None
+        self.awaited = ""  # what for, as told to people
+
+    def enter(self) -> None:
+        master = self.master
+        master.clear_table()
+        master.truncate_tid = None
+        self.take_storages()
+        master.tell_state()
+        master.send_table(NodeType.ADMIN)
+        for node in master.nodes.identified(NodeType.STORAGE):
+            self._ask(node)
+        self.election.start()
+        if master.phase is self:
+            self.advance()
+
+    def leave(self) -> None:
+        self.election.stop()
+
+    # --- other masters ----------------------------------------------------------------
+
+    def accepted(self, conn: Connection, nid: int, your_nid: int) -> None:
+        """Another master accepted us: it is the primary."""
+        winner = self.master.know_master(conn.address)
+        if winner is None:
+            raise ProtocolError("unknown master")
+        self.election.active = False
+        self.election.links.pop(winner, None)
+        secondary = Secondary(self.master, winner, conn)
+        self.master.become(secondary)
+        secondary.accepted(conn, nid, your_nid)
+
+    def master_claims(self, conn: Connection, claim: Claim) -> bool:
+        if self.election.accepts(claim):
+            return True
+        assert claim.address is not None
+        winner = self.master.know_master(claim.address)
+        conn.close("it is primary")
+        if winner is not None:
+            self.election.lose(winner)
+        return False
+
+    def master_lost(self, node: Node) -> None:
+        if self.election.active:
+            self.election.learnt()
+
+    # --- storages ---------------------------------------------------------------------
+
+    def storage_state(self, node: Node | None) -> NodeState:
+        return NodeState.PENDING
+
+    def joined(self, node: Node, conn: Connection) -> None:
+        master = self.master
+        if node.type is NodeType.MASTER:
+            self.election.joined(node)
+        elif node.type is NodeType.ADMIN:
+            pt = master.pt
+            conn.notify(SendPartitionTable, pt.ptid, pt.replicas, pt.as_rows())
+        elif node.type is NodeType.STORAGE:
+            master.watch(conn)
+            self._ask(node)
+            self.advance()
+
+    def _ask(self, node: Node) -> None:
+        self.asked[node] = None
+        node.connection.ask(AskRecovery)
+
+    def answered(self, node: Node, answer: Answer) -> None:
+        """What a storage remembers."""
+        self.asked.pop(node, None)
+        self.answers[node] = answer
+        if answer.ptid is None:
+            self.empty_storages[node.address] = None
+        elif self.best is None or answer.ptid > self.best:
+            self.best = answer.ptid
+            self.loaded = False
+            self.spares.clear()
+            self._ask_table(node)
+        elif answer.ptid == self.best and not self.loaded:
+            if self.source is None:
+                self._ask_table(node)
+            elif self.source is not node:
+                self.spares.append(node)
+        self.advance()
+
+    def _ask_table(self, node: Node) -> None:
+        self.source = node
+        self.asked[node] = None
+        node.connection.ask(AskPartitionTable)
+
+    def table(self, node: Node, ptid: int | None, replicas: int, rows: Rows) -> None:
+        """The partition table of a storage."""
+        self.asked.pop(node, None)
+        if self.source is node:
+            self.source = None
+        if ptid is not None and ptid == self.best and not self.loaded:
+            self._load(node, ptid, replicas, rows)
+        self.advance()
+
+    def _load(self, node: Node, ptid: int, replicas: int, rows: Rows) -> None:
+        for row in rows:
+            for nid, state in row:
+                if nid_type(nid) is not NodeType.STORAGE or (
+                    state is CellState.DISCARDED
+                ):
+                    raise ProtocolError(f"invalid cell {nid_str(nid)} {state}")
+        if not rows:
+            raise ProtocolError("empty partition table")
+        master = self.master
+        master.pt.load(ptid, replicas, rows)
+        self.loaded = True
+        answer = self.answers[node]
+        self.backup_tid, master.truncate_tid = answer.backup_tid, answer.truncate_tid
+        master.members = dict.fromkeys(master.pt.nids())
+        new = [
+            master.nodes.add(NodeType.STORAGE, nid)
+            for nid in master.members
+            if master.nodes.by_nid(nid) is None
+        ]
+        master.tell_nodes(new)
+        master.send_table(NodeType.ADMIN)
+        master.log.info(
+            "partition table %d of %s: %d partitions, %d replicas",
+            ptid,
+            nid_str(node.nid),
+            len(rows),
+            replicas,
+        )
+
+    def storage_lost(self, node: Node) -> None:
+        self.master.storage_down(node)
+        self.asked.pop(node, None)
+        self.answers.pop(node, None)
+        if node in self.spares:
+            self.spares.remove(node)
+        if node is self.source:
+            self.source = None
+            if self.spares:
+                self._ask_table(self.spares.pop(0))
+        self.advance()
+
+    # --- leaving ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """`neoctl start`. Raises Refused."""
+        storages = self.master.nodes.identified(NodeType.STORAGE)
+        if not storages:
+            raise denied("Cannot exit recovery without any storage node")
+        for node in storages:
+            if node in self.asked:
+                raise denied(
+                    f"Cannot exit recovery now: node {nid_str(node.nid)}"
+                    " is entering cluster"
+                )
+        self.master.startup_allowed = True
+
+    def advance(self) -> None:
+        """Leave if nothing is awaited any more."""
+        needed = self._needed()
+        if isinstance(needed, str):
+            awaited = needed
+        elif any(node in self.asked for node in needed):
+            awaited = "answers of " + _names(n for n in needed if n in self.asked)
+        elif self._truncate_first():
+            awaited = "storages to note the truncation"
+        else:
+            self._leave(needed)
+            return
+        if awaited != self.awaited:
+            self.awaited = awaited
+            self.master.log.info("recovery waits for %s", awaited)
+
+    def _needed(self) -> list[Node] | str:
+        """The storages to start with, or what is missing."""
+        master = self.master
+        pending = {
+            node.nid: node
+            for node in master.nodes.identified(NodeType.STORAGE)
+            if self._holds_its_data(node)
+        }
+        if self.backup_tid is not None:
+            return (
+                "nothing that could come: the database is a backup, which is not"
+                " available in this version"
+            )
+        if self.loaded:
+            return self._needed_by_table(pending)
+        if self.best is not None:
+            return f"a storage with partition table {self.best}"
+        storages = master.nodes.identified(NodeType.STORAGE)
+        autostart = master.options.autostart
+        if storages and (
+            master.startup_allowed or (autostart and len(storages) >= autostart)
+        ):
+            return storages
+        if autostart:
+            missing = autostart - len(storages)
+            return f"{missing} storages to create a new cluster, or an administrator"
+        return "storages, and an administrator to start the cluster"
+
+    def _holds_its_data(self, node: Node) -> bool:
+        """False for one whose database was erased: its cells must be late."""
+        answer = self.answers.get(node)
+        return (
+            node in self.asked
+            or answer is None
+            or answer.ptid is not None
+            or not self.master.is_member(node.nid)
+        )
+
+    def _needed_by_table(self, pending: Mapping[int | None, Node]) -> list[Node] | str:
+        master, pt = self.master, self.master.pt
+        for partition, nids in enumerate(pt.readable):
+            if not any(nid in pending for nid in nids):
+                return (
+                    f"{' or '.join(map(self._describe, nids)) or 'nobody'}"
+                    f", for partition {partition}"
+                )
+        readable = pt.readable_nids()
+        if master.startup_allowed:
+            return [pending[nid] for nid in readable if nid in pending]
+        wanted = pt.nids() if master.truncate_tid is not None else readable
+        missing = [nid for nid in wanted if nid not in pending]
+        if missing:
+            return (
+                f"{', '.join(map(self._describe, missing))}, which may have newer data"
+                " (or for an administrator to start the cluster without)"
+            )
+        return [pending[nid] for nid in wanted]
+
+    def _describe(self, nid: int) -> str:
+        node = self.master.nodes.by_nid(nid)
+        if node is not None and node.address is not None:
+            return f"{nid_str(nid)} ({format_address(node.address)})"
+        return nid_str(nid)
+
+    def _truncate_first(self) -> bool:
+        """All must have noted on disk where they truncate, before anybody does."""
+        tid = self.master.truncate_tid
+        if tid is None or not self.loaded:
+            return False
+        waiting = False
+        for node in self.master.nodes.identified(NodeType.STORAGE):
+            answer = self.answers.get(node)
+            if node in self.asked:
+                waiting = True
+            elif answer and (answer.truncate_tid is None or answer.truncate_tid > tid):
+                node.connection.notify(Truncate, tid)
+                self._ask(node)
+                waiting = True
+        return waiting
+
+    def _leave(self, needed: list[Node]) -> None:
+        master, pt, nodes = self.master, self.master.pt, self.master.nodes
+        self.election.stop()
+        changed = []
+        if self.loaded:
+            joining = [
+                node
+                for node in nodes.identified(NodeType.STORAGE)
+                if master.is_member(node.nid)
+            ]
+        else:
+            joining = needed
+        for node in joining:
+            node.state = NodeState.RUNNING
+            changed.append(node)
+        for node in nodes.of_type(NodeType.MASTER):
+            if node is not master.node and node.connection is None:
+                if node.state is not NodeState.DOWN:
+                    changed.append(node)
+                node.state = NodeState.DOWN
+        master.tell_nodes(changed)
+        if self.loaded:
+            for node in nodes.of_type(NodeType.STORAGE):
+                if node.connection is None and not master.is_member(node.nid):
+                    master.forget(node)  # it came, and left, during the recovery
+            running = {
+                nid: None
+                for nid, node in nodes.running().items()
+                if self._holds_its_data(node)
+            }
+            cells = policy.outdate(pt.rows, running, None)
+            master.change_table(cells, kinds=(NodeType.ADMIN,))
+        else:
+            self._create(needed)
+        master.become(Verifying(master))
+
+    def _create(self, storages: list[Node]) -> None:
+        master = self.master
+        paths = {
+            node.nid: node.extra.get("devpath", ())
+            for node in storages
+            if node.nid is not None
+        }
+        options = master.options
+        rows, resilient = policy.create(options.partitions, options.replicas, paths)
+        if not resilient:
+            master.log.warning("topology is too uneven: replicas may share a device")
+        master.pt.load(1, options.replicas, [list(row.items()) for row in rows])
+        master.members = dict.fromkeys(master.pt.nids())
+        master.send_table(NodeType.ADMIN)
+        master.log.info("new database on %s", _names(storages))
+
+    def describe(self) -> list[str]:
+        return [f"recovery waits for {self.awaited}"]
+
+    def check(self) -> None:
+        for node in (*self.asked, *self.answers, *self.spares):
+            assert node.connection is not None, node
+        assert self.source is None or self.source in self.asked, self.source
+
+
+def _names(nodes: Iterable[Node]) -> str:
+    return ", ".join(nid_str(node.nid) for node in nodes)
+
+
+class RecoveringStorage(Storage):
+    """A storage in RECOVERING."""
+
+    def __init__(self, phase: Recovering) -> None:
+        super().__init__(phase.master)
+        self.phase = phase
+
+    def answer_recovery(
+        self,
+        conn: Connection,
+        ptid: Ptid | None,
+        backup_tid: Tid | None,
+        truncate_tid: Tid | None,
+    ) -> None:
+        assert conn.node is not None
+        self.phase.answered(conn.node, Answer(ptid, backup_tid, truncate_tid))
+
+    def answer_partition_table(
+        self, conn: Connection, ptid: Ptid | None, num_replicas: UInt, rows: Rows
+    ) -> None:
+        assert conn.node is not None
+        self.phase.table(conn.node, ptid, num_replicas, rows)

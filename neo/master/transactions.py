@@ -1,0 +1,586 @@
+"""Transactions, from their ids to the unlock of the storages (behaviour 2.11 and 3).
+
+A transaction is in its first phase until its client asks to finish it; then it has a
+tid, stands in the finish queue and is never aborted. The queue is in the order of tids:
+a transaction is committed when the storages involved have locked it and all those
+before it are committed. So clients hear of commits in the order of tids, before the
+storages are told to show them.
+
+Who waits stands in lists: begins (in order of arrival) while a storage is starting,
+failed votes until another transaction ends, AskFinalTID in its transaction.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from neo.lib.connection import Connection, Reply, encode_tail
+from neo.lib.exception import ProtocolError
+from neo.lib.handler import Refused, not_ready
+from neo.lib.node import Node, nid_str
+from neo.lib.protocol import (
+    MAX_TID,
+    ZERO_OID,
+    ZERO_TID,
+    AbortTransaction,
+    AnswerBeginTransaction,
+    AnswerFinalTID,
+    AnswerNewOIDs,
+    AnswerTransactionFinished,
+    AnswerUnfinishedTransactions,
+    AskLockInformation,
+    ErrorCode,
+    InvalidateObjects,
+    InvalidatePartitions,
+    NotifyTransactionFinished,
+    NotifyUnlockInformation,
+    Pack,
+)
+from neo.lib.util import add_tid, p64, u64
+
+from .tid import clock_tid, final_tid, next_tid
+
+if TYPE_CHECKING:
+    from .app import Master
+
+# A jump of the clock, between two of our looks at it, that deserves a warning (seconds).
+CLOCK_STEP = 1.0
+# How far in the future an imposed tid may be (seconds): those of a database that was
+# made on a machine with a wrong clock would hold back all later ones.
+FUTURE_MAX = 2 * 86400.0
+# After the last tid, even if that is too far in the future already: one minute.
+FUTURE_STEP = 1 << 32
+NEW_OIDS_MAX = 1 << 16
+# Requests that wait; beyond, clients are told to come again later.
+PARKED_MAX = 100_000
+
+
+class Transaction:
+    """One transaction in progress."""
+
+    __slots__ = (
+        "approved",
+        "asking",
+        "begun",
+        "client",
+        "failed",
+        "imposed",
+        "involved",
+        "oids",
+        "pack",
+        "partitions",
+        "reply",
+        "since",
+        "tid",
+        "ttid",
+        "waiting",
+        "watchers",
+    )
+
+    def __init__(self, ttid: bytes, client: Node, begun: int, imposed: bool) -> None:
+        self.ttid = ttid
+        self.client: Node | None = client  # None: lost, while being finished
+        # Of the storages, those that were ready by then have it in full.
+        self.begun = begun
+        self.imposed = imposed  # the tid came with the begin
+        self.failed: dict[int, None] = {}  # nids where writes failed (FailedVote)
+        # Connections to tell its end: storages that replicate.
+        self.watchers: dict[Connection, None] = {}
+        self.asking: list[Reply] = []  # AskFinalTID
+        # Second phase:
+        self.tid: bytes | None = None
+        self.reply: Reply | None = None
+        self.oids: Sequence[bytes] = ()
+        self.partitions: list[int] = []  # of modified and deleted oids
+        self.involved: dict[int, Connection] = {}  # by nid
+        self.waiting: dict[int, None] = {}  # nids that have not locked yet
+        self.pack: Pack | None = None
+        self.approved = False  # the pack order
+        self.since = 0.0  # monotonic time of the finish
+
+    def __repr__(self) -> str:
+        state = "begun"
+        if self.tid is not None:
+            awaited = ", ".join(map(nid_str, self.waiting)) or "its predecessors"
+            state = f"finishing as {self.tid.hex()}, waits for {awaited}"
+        client = nid_str(self.client and self.client.nid)
+        return f"<Transaction {self.ttid.hex()} of {client}, {state}>"
+
+
+class Transactions:
+    """All that the primary master knows of transactions; reset at each recovery."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.runtime = master.runtime
+        self.log = master.runtime.log
+        self._offset = self.runtime.now() - self.runtime.monotonic()
+        self._given = ZERO_TID  # the greatest id that was made, for as long as we live
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all: the operation is over (the peers know)."""
+        self.last_tid = ZERO_TID  # committed
+        self.last_oid = ZERO_OID
+        self.first_tid = MAX_TID
+        self.in_progress: dict[bytes, Transaction] = {}  # by ttid, both phases
+        self.queue: deque[Transaction] = deque()  # second phase, by tid
+        self.clients: dict[Node, Connection] = {}
+        self.by_client: dict[Node, dict[bytes, Transaction]] = {}
+        # Backup masters: they follow partitions instead of objects.
+        self.backups: dict[Node, Connection] = {}
+        # Storages that can take part: nid -> (rank of arrival, connection).
+        self.ready: dict[int, tuple[int, Connection]] = {}
+        self.rank = 0
+        self.starting: dict[Node, float] = {}  # since when (monotonic)
+        self.stopping = False  # nothing begins any more
+        self._imposed: Transaction | None = None  # in its first phase
+        self._begins: deque[tuple[Reply, bytes | None]] = deque()
+        self._votes: list[tuple[Reply, Transaction, dict[int, None]]] = []
+
+    # --- storages and clients -------------------------------------------------------
+
+    def storage_starting(self, node: Node) -> None:
+        """StartOperation was sent."""
+        self.starting[node] = self.runtime.monotonic()
+
+    def storage_ready(self, node: Node) -> None:
+        """It accepts clients: transactions that begin from now on involve it."""
+        del self.starting[node]
+        self.rank += 1
+        assert node.nid is not None
+        self.ready[node.nid] = self.rank, node.connection
+        self._retry_begins()
+
+    def storage_lost(self, node: Node) -> None:
+        """Nothing more waits for it. The cluster is operational without it."""
+        self.starting.pop(node, None)
+        nid = node.nid
+        assert nid is not None
+        if self.ready.pop(nid, None) is not None:
+            for transaction in self.queue:
+                if nid in transaction.waiting:
+                    del transaction.waiting[nid]
+            self._unlock()
+        self._retry_begins()
+        self._retry_votes()
+
+    def client_joined(self, node: Node, conn: Connection, backup: bool) -> None:
+        (self.backups if backup else self.clients)[node] = conn
+
+    def client_lost(self, node: Node) -> None:
+        """Drop what it began; what it asked to finish is completed without it."""
+        self.clients.pop(node, None)
+        self.backups.pop(node, None)
+        for transaction in list(self.by_client.pop(node, {}).values()):
+            if transaction.tid is None:
+                self._drop(transaction, ())
+            else:
+                transaction.client = transaction.reply = None
+        self._ended()
+
+    # --- ids --------------------------------------------------------------------------
+
+    @property
+    def greatest(self) -> bytes:
+        """The greatest id known: no later one may be at or below it."""
+        greatest = max(self.last_tid, self._given)
+        if self.in_progress:
+            # In the order of ttids, for each was made greater than the ones before.
+            greatest = max(greatest, next(reversed(self.in_progress)))
+        if self.queue:
+            greatest = max(greatest, self.queue[-1].tid or ZERO_TID)
+        return greatest
+
+    def clock(self) -> bytes:
+        """Tid of the clock, which may have been set."""
+        now = self.runtime.now()
+        offset = now - self.runtime.monotonic()
+        step = offset - self._offset
+        if abs(step) > CLOCK_STEP:
+            self.log.warning(
+                "the clock was set %s by %.1f s: tids go on increasing",
+                "ahead" if step > 0 else "back",
+                abs(step),
+            )
+        self._offset = offset
+        return clock_tid(now)
+
+    def set_last_ids(self, last_tid: bytes, last_oid: bytes, first_tid: bytes) -> None:
+        """What verification found on the storages."""
+        self.last_tid, self.last_oid, self.first_tid = last_tid, last_oid, first_tid
+        if last_tid > clock_tid(self.runtime.now() + CLOCK_STEP):
+            self.log.warning(
+                "the clock is behind the last transaction (%s): new tids follow that one",
+                last_tid.hex(),
+            )
+
+    def new_oids(self, conn: Connection, count: int) -> None:
+        """AskNewOIDs."""
+        if not 0 < count <= NEW_OIDS_MAX:
+            raise ProtocolError(f"from 1 to {NEW_OIDS_MAX} oids can be asked")
+        first = u64(self.last_oid) + 1
+        if first + count > u64(MAX_TID):
+            raise ProtocolError("no more oids")
+        oids = [p64(oid) for oid in range(first, first + count)]
+        self.last_oid = oids[-1]
+        conn.answer(AnswerNewOIDs, oids)
+
+    # --- first phase ------------------------------------------------------------------
+
+    def begin(self, conn: Connection, tid: bytes | None) -> None:
+        """AskBeginTransaction."""
+        if self.starting or self.stopping:
+            # A client must know whether it has to write to a storage.
+            if len(self._begins) >= PARKED_MAX:
+                raise not_ready("too many transactions wait to begin")
+            self._begins.append((conn.defer(), tid))
+            return
+        assert conn.node is not None
+        conn.answer(AnswerBeginTransaction, self._begin(conn.node, tid))
+
+    def _begin(self, client: Node, tid: bytes | None) -> bytes:
+        if tid is None:
+            if self._imposed is not None:
+                raise ProtocolError(
+                    f"an import is in progress, with tid {self._imposed.ttid.hex()}"
+                )
+            ttid = self._given = next_tid(self.clock(), self.greatest)
+        else:
+            self._check_imposed(tid)
+            ttid = tid
+        transaction = Transaction(ttid, client, self.rank, tid is not None)
+        if tid is not None:
+            self._imposed = transaction
+        self.in_progress[ttid] = transaction
+        self.by_client.setdefault(client, {})[ttid] = transaction
+        return ttid
+
+    def _check_imposed(self, tid: bytes) -> None:
+        if self.in_progress:
+            raise ProtocolError(
+                "an imposed tid needs that no other transaction is in progress"
+            )
+        if tid <= self.last_tid:
+            raise ProtocolError(
+                f"tid {tid.hex()} is not after the last one, {self.last_tid.hex()}"
+            )
+        limit = max(
+            clock_tid(self.runtime.now() + FUTURE_MAX),
+            add_tid(self.last_tid, FUTURE_STEP),
+        )
+        if tid > limit and not self.master.options.future_tids:
+            raise ProtocolError(
+                f"tid {tid.hex()} is too far in the future: all later ones would be too"
+            )
+        if tid >= MAX_TID:
+            raise ProtocolError(f"invalid tid {tid.hex()}")
+
+    def _retry_begins(self) -> None:
+        while self._begins and not (self.starting or self.stopping):
+            reply, tid = self._begins.popleft()
+            if reply.closed:
+                continue
+            node = reply.conn.node
+            assert node is not None
+            try:
+                reply.answer(AnswerBeginTransaction, self._begin(node, tid))
+            except ProtocolError as error:
+                reply.refuse(Refused(ErrorCode.PROTOCOL_ERROR, str(error), close=True))
+
+    def _first_phase(self, conn: Connection, ttid: bytes) -> Transaction:
+        transaction = self.in_progress.get(ttid)
+        if transaction is None or transaction.client is not conn.node:
+            raise ProtocolError(f"unknown transaction {ttid.hex()}")
+        if transaction.tid is not None:
+            raise ProtocolError(f"transaction {ttid.hex()} is being finished")
+        return transaction
+
+    def _took_part(
+        self, transaction: Transaction, nids: Iterable[int]
+    ) -> dict[int, None]:
+        """Those of the storages that are ready since before the transaction began."""
+        ready, begun = self.ready, transaction.begun
+        return {n: None for n in nids if n in ready and ready[n][0] <= begun}
+
+    def failed_vote(self, conn: Connection, ttid: bytes, nids: Sequence[int]) -> None:
+        """FailedVote: arbitrate, so that each partition keeps a complete replica."""
+        transaction = self._first_phase(conn, ttid)
+        failed = self._took_part(transaction, nids)
+        if not self._arbitrate(conn.defer(), transaction, failed):
+            if len(self._votes) >= PARKED_MAX:
+                raise not_ready("too many failed votes wait")
+            self._votes.append((conn.defer(), transaction, failed))
+
+    def _arbitrate(
+        self, reply: Reply, transaction: Transaction, failed: dict[int, None]
+    ) -> bool:
+        """Answer a failed vote; false if that depends on other transactions."""
+        if failed:
+            if not self.master.operational_without(failed):
+                reply.error(ErrorCode.INCOMPLETE_TRANSACTION)
+                return True
+            others = dict(failed)
+            for other in self.in_progress.values():
+                if other is not transaction:
+                    others.update(other.failed)
+            if len(others) > len(failed) and not self.master.operational_without(
+                others
+            ):
+                return False
+            transaction.failed = failed
+        reply.error(ErrorCode.ACK)
+        return True
+
+    def _retry_votes(self) -> None:
+        votes, self._votes = self._votes, []
+        for reply, transaction, failed in votes:
+            if (
+                reply.closed
+                or self.in_progress.get(transaction.ttid) is not transaction
+            ):
+                continue
+            failed = self._took_part(transaction, failed)
+            if not self._arbitrate(reply, transaction, failed):
+                self._votes.append((reply, transaction, failed))
+
+    def abort(self, conn: Connection, ttid: bytes, nids: Sequence[int]) -> None:
+        """AbortTransaction. One that is unknown was dropped with its former client."""
+        transaction = self.in_progress.get(ttid)
+        if transaction is None or transaction.client is not conn.node:
+            return
+        if transaction.tid is not None:
+            raise ProtocolError(f"transaction {ttid.hex()} is being finished")
+        self._drop(transaction, nids)
+        self._ended()
+
+    def _drop(self, transaction: Transaction, nids: Sequence[int]) -> None:
+        """Abort: tell these storages, and those that wait for its end."""
+        told = dict(transaction.watchers)
+        for nid in nids:
+            if nid in self.ready:
+                told[self.ready[nid][1]] = None
+        self._forget(transaction)
+        if told:
+            tail = encode_tail(AbortTransaction, transaction.ttid, ())
+            for conn in told:
+                conn.notify_encoded(AbortTransaction, tail, transaction.ttid, ())
+        for reply in transaction.asking:
+            reply.answer(AnswerFinalTID, None)
+
+    def _forget(self, transaction: Transaction) -> None:
+        ttid = transaction.ttid
+        del self.in_progress[ttid]
+        if self._imposed is transaction:
+            self._imposed = None
+        client = transaction.client
+        if client is not None:
+            mine = self.by_client.get(client)
+            if mine is not None:
+                mine.pop(ttid, None)
+
+    def _ended(self) -> None:
+        """A transaction is over: who waited for that?"""
+        if self._votes:
+            self._retry_votes()
+        self.master.phase.transactions_ended()
+
+    # --- second phase -----------------------------------------------------------------
+
+    def finish(
+        self,
+        conn: Connection,
+        ttid: bytes,
+        oids: Sequence[bytes],
+        deleted: Sequence[int],
+        checked: Sequence[int],
+        pack: Pack | None,
+    ) -> None:
+        """AskFinishTransaction."""
+        master = self.master
+        transaction = self._first_phase(conn, ttid)
+        np = master.pt.np
+        numbers = struct.unpack(f">{len(oids)}Q", b"".join(oids))
+        greatest = max(numbers, default=0)
+        if greatest >= u64(MAX_TID) or max((*deleted, *checked), default=0) >= np:
+            raise ProtocolError("oid or partition out of range")
+        if pack is not None and not ZERO_TID < pack[1] <= self.last_tid:
+            raise ProtocolError("the pack time is not among the transactions")
+        reply = conn.defer()
+        failed = transaction.failed
+        if failed and not master.operational_without(failed):
+            self._incomplete(reply, transaction)
+            return
+        modified = dict.fromkeys([oid % np for oid in numbers])
+        modified.update(dict.fromkeys(deleted))
+        cells = master.pt.rows
+        holders: dict[int, None] = {}
+        for partition in {**modified, **dict.fromkeys(checked), u64(ttid) % np: None}:
+            holders.update(dict.fromkeys(cells[partition]))
+        for nid in self._took_part(transaction, failed):
+            # Outdated before any lock is requested: verification relies on that.
+            if nid in holders:
+                master.expel(nid, f"writes of {ttid.hex()} failed there")
+                if self.in_progress.get(ttid) is not transaction:
+                    return  # the operation is over
+        involved = {
+            nid: self.ready[nid][1] for nid in self._took_part(transaction, holders)
+        }
+        if not involved:
+            self._incomplete(reply, transaction)
+            return
+        self._enqueue(transaction)
+        if greatest > u64(self.last_oid):
+            self.last_oid = p64(greatest)
+        transaction.reply = reply
+        transaction.oids = oids
+        transaction.partitions = list(modified)
+        transaction.pack = pack
+        transaction.approved = pack is not None and master.packs.approves()
+        transaction.involved = involved
+        transaction.waiting = dict.fromkeys(involved)
+        for storage in involved.values():
+            storage.ask(AskLockInformation, ttid, transaction.tid, transaction.approved)
+        if self._imposed is transaction:
+            self._imposed = None
+            self._retry_begins()
+
+    def _incomplete(self, reply: Reply, transaction: Transaction) -> None:
+        reply.error(ErrorCode.INCOMPLETE_TRANSACTION)
+        self._drop(transaction, list(self.ready))
+        self._ended()
+
+    def _enqueue(self, transaction: Transaction) -> None:
+        if transaction.imposed:
+            tid = transaction.ttid
+        else:
+            np = self.master.pt.np
+            tid = final_tid(self.clock(), self.greatest, transaction.ttid, np)
+            self._given = tid
+        transaction.tid = tid
+        transaction.since = self.runtime.monotonic()
+        self.queue.append(transaction)
+        if len(self.queue) == 1:
+            self.master.phase.lock_awaited()
+
+    def locked(self, conn: Connection, ttid: bytes) -> None:
+        """AnswerInformationLocked."""
+        transaction = self.in_progress.get(ttid)
+        assert conn.node is not None
+        nid = conn.node.nid
+        if transaction is None or nid not in transaction.waiting:
+            raise ProtocolError(f"unknown transaction {ttid.hex()}")
+        del transaction.waiting[nid]
+        if not transaction.waiting and self.queue[0] is transaction:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        """Commit what is locked at the head of the queue."""
+        queue = self.queue
+        while queue and not queue[0].waiting:
+            transaction = queue.popleft()
+            self._forget(transaction)
+            self._commit(transaction)
+            self._ended()
+
+    def _commit(self, transaction: Transaction) -> None:
+        # Clients first: when a storage shows a revision, its invalidation is on the wire
+        # to all of them.
+        ttid, tid, oids = transaction.ttid, transaction.tid, transaction.oids
+        assert tid is not None
+        author = transaction.client
+        if transaction.reply is not None:
+            transaction.reply.answer(AnswerTransactionFinished, ttid, tid)
+        if len(self.clients) > (author in self.clients):
+            tail = encode_tail(InvalidateObjects, tid, oids)
+            for node, conn in self.clients.items():
+                if node is not author:
+                    conn.notify_encoded(InvalidateObjects, tail, tid, oids)
+        for conn in self.backups.values():
+            conn.notify(InvalidatePartitions, tid, transaction.partitions)
+        tail = encode_tail(NotifyUnlockInformation, ttid)
+        for conn in transaction.involved.values():
+            conn.notify_encoded(NotifyUnlockInformation, tail, ttid)
+        if self.last_tid == ZERO_TID:
+            self.first_tid = tid
+        self.last_tid = tid
+        if transaction.pack is not None:
+            self.master.packs.committed(tid, transaction.pack, transaction.approved)
+        for conn in transaction.watchers:
+            conn.notify(NotifyTransactionFinished, ttid, tid)
+        for reply in transaction.asking:
+            reply.answer(AnswerFinalTID, tid)
+
+    # --- questions --------------------------------------------------------------------
+
+    def final_tid(self, conn: Connection, ttid: bytes) -> None:
+        """AskFinalTID: what became of a transaction whose client lost us."""
+        transaction = self.in_progress.get(ttid)
+        if transaction is not None:
+            if len(transaction.asking) >= PARKED_MAX:
+                raise not_ready("too many requests wait")
+            transaction.asking.append(conn.defer())
+        else:
+            conn.answer(AnswerFinalTID, None if ttid > self.greatest else MAX_TID)
+
+    def unfinished(self, conn: Connection) -> None:
+        """AskUnfinishedTransactions: a storage will wait for the end of each."""
+        for transaction in self.in_progress.values():
+            transaction.watchers[conn] = None
+        conn.answer(AnswerUnfinishedTransactions, self.last_tid, list(self.in_progress))
+
+    def late(self, now: float, limit: float) -> tuple[list[int], float | None]:
+        """Nids that owe a lock or their readiness since `limit` seconds, and when the
+        next ones will be late (monotonic time; None: nobody owes anything).
+        """
+        nids: dict[int, None] = {}
+        deadline = None
+        for transaction in self.queue:
+            if transaction.waiting:
+                if transaction.since + limit > now:
+                    deadline = transaction.since + limit
+                    break
+                nids.update(transaction.waiting)
+        for node, since in self.starting.items():
+            if since + limit <= now:
+                assert node.nid is not None
+                nids[node.nid] = None
+            elif deadline is None or since + limit < deadline:
+                deadline = since + limit
+        return list(nids), deadline
+
+    def describe(self) -> list[str]:
+        """Lines for the log."""
+        lines = [
+            f"last tid {self.last_tid.hex()}, last oid {self.last_oid.hex()},"
+            f" {len(self.clients)} clients, {len(self._begins)} begins and"
+            f" {len(self._votes)} failed votes wait"
+        ]
+        lines += [repr(transaction) for transaction in self.in_progress.values()]
+        return lines
+
+    def check(self) -> None:
+        """Assert what always holds."""
+        tids = [transaction.tid or ZERO_TID for transaction in self.queue]
+        assert tids == sorted(set(tids)), tids
+        assert not tids or tids[0] > self.last_tid, (tids[0], self.last_tid)
+        finishing = [t for t in self.in_progress.values() if t.tid is not None]
+        assert len(finishing) == len(self.queue), (finishing, self.queue)
+        ttids = list(self.in_progress)
+        assert ttids == sorted(ttids), ttids
+        np = self.master.pt.np
+        for transaction in self.queue:
+            tid = transaction.tid
+            assert tid is not None
+            assert tid >= transaction.ttid, transaction
+            assert u64(tid) % np == u64(transaction.ttid) % np, transaction
+            assert transaction.waiting.keys() <= transaction.involved.keys()
+            assert transaction.waiting.keys() <= self.ready.keys(), transaction
+        for client, mine in self.by_client.items():
+            assert client in self.clients or not mine, client
+            for ttid, transaction in mine.items():
+                assert self.in_progress.get(ttid) is transaction, transaction
+        assert not self.queue or self.queue[0].waiting, self.queue

@@ -1,0 +1,269 @@
+"""VERIFYING: finish the transactions that were being committed, learn the last ids.
+
+A transaction that one readable node has locked was promised to be committed, or may
+have been; one that a readable node has committed already is so. The others are dropped
+by the storages when they start operation. Nodes without readable cell are not asked:
+they may have locked what the others dropped. Source: behaviour 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from neo.lib.connection import Connection
+from neo.lib.exception import ProtocolError
+from neo.lib.node import Node, nid_str
+from neo.lib.protocol import (
+    MAX_TID,
+    ZERO_OID,
+    ZERO_TID,
+    AskFinalTID,
+    AskLastIDs,
+    AskLockedTransactions,
+    AskPackOrders,
+    ClusterState,
+    NodeType,
+    Oid,
+    Packet,
+    PackOrder,
+    SendPartitionTable,
+    Tid,
+    ValidateTransaction,
+)
+from neo.lib.util import add64
+
+from .phase import PrimaryPhase, Storage
+from .running import Running
+
+if TYPE_CHECKING:
+    from .app import Master
+
+
+class Verifying(PrimaryPhase):
+    """Ask the storages one thing after the other."""
+
+    state = ClusterState.VERIFYING
+    successors = frozenset(
+        {ClusterState.RECOVERING, ClusterState.RUNNING, ClusterState.STOPPING}
+    )
+
+    def __init__(self, master: Master) -> None:
+        super().__init__(master)
+        self.storage = VerifyingStorage(self)
+        self.asked: dict[Node, int] = {}  # answers that they owe
+        self.asking = "nothing"
+        self._next: Callable[[], object] = self._find_final_tids
+        self.tids: dict[bytes, bytes | None] = {}  # by ttid
+        self.reported: dict[bytes, dict[Node, None]] = {}  # who has the ttid
+        self.last_tid = ZERO_TID
+        self.last_oid = ZERO_OID
+        self.first_tid = MAX_TID
+
+    def enter(self) -> None:
+        master = self.master
+        master.forget_operation()
+        self.take_storages()
+        master.tell_state()
+        master.send_table(NodeType.STORAGE)
+        self._ask_all(self._readable(), self._find_final_tids, AskLockedTransactions)
+
+    def _readable(self) -> list[Node]:
+        master = self.master
+        running = master.nodes.running()
+        nids = master.pt.readable_nids()
+        return [running[nid] for nid in nids if nid in running]
+
+    def _ask_all(
+        self,
+        nodes: Iterable[Node],
+        then: Callable[[], object],
+        packet: Packet[...],
+        *args: Any,
+    ) -> None:
+        """Ask all the same, and go on with `then` after the last answer."""
+        self.asking = packet.name
+        self._next = then
+        for node in nodes:
+            self._ask(node, packet, *args)
+        self._advance()
+
+    def _ask(self, node: Node, packet: Packet[...], *args: Any) -> None:
+        self.asked[node] = self.asked.get(node, 0) + 1
+        node.connection.ask(packet, *args)
+
+    def answered(self, node: Node) -> None:
+        """One answer less to wait for."""
+        self.asked[node] -= 1
+        if not self.asked[node]:
+            del self.asked[node]
+        self._advance()
+
+    def _advance(self) -> None:
+        if not self.asked and self.master.phase is self:
+            self._next()
+
+    # --- steps ------------------------------------------------------------------------
+
+    def locked(self, node: Node, transactions: Mapping[bytes, bytes | None]) -> None:
+        """What a storage has in its temporary tables."""
+        for ttid, tid in transactions.items():
+            self.reported.setdefault(ttid, {})[node] = None
+            known = self.tids.get(ttid)
+            if known is not None and tid not in (None, known):
+                raise ProtocolError(
+                    f"{ttid.hex()} is locked as {known.hex()} and {(tid or b'').hex()}"
+                )
+            self.tids[ttid] = known or tid
+
+    def _find_final_tids(self) -> None:
+        """Those that nobody has locked may be committed already where it is gone."""
+        self.asking = AskFinalTID.name
+        self._next = self._validate
+        pt = self.master.pt
+        readable = {node.nid: node for node in self._readable()}
+        for ttid in sorted(ttid for ttid, tid in self.tids.items() if tid is None):
+            nids = pt.readable[pt.partition_of(ttid)]
+            nodes = [readable[nid] for nid in nids if nid in readable]
+            self._find_final_tid(
+                ttid, [n for n in nodes if n not in self.reported[ttid]]
+            )
+        self._advance()
+
+    def _find_final_tid(self, ttid: bytes, nodes: list[Node]) -> None:
+        """Ask one node at a time."""
+        nodes = [node for node in nodes if node.connection is not None]
+        if not nodes:
+            return
+        node = nodes[0]
+        self.asked[node] = self.asked.get(node, 0) + 1
+
+        def done(tid: bytes | None) -> None:
+            if self.master.phase is not self:
+                return
+            if tid is None:
+                self._find_final_tid(ttid, nodes[1:])
+            else:
+                self.tids[ttid] = tid
+            self.answered(node)
+
+        def failed(code: int | None, text: str) -> None:
+            # If the node is lost, `storage_lost` came before.
+            if self.master.phase is self:
+                self._find_final_tid(ttid, nodes[1:])
+                if code is None:
+                    self._advance()
+                else:
+                    self.answered(node)
+
+        node.connection.ask(AskFinalTID, ttid).then(done, failed)
+
+    def _validate(self) -> None:
+        """Commit; those without tid are dropped when the operation starts."""
+        log = self.master.log
+        for ttid, tid in sorted(self.tids.items()):
+            if tid is None:
+                log.info("transaction %s was not finished: dropped", ttid.hex())
+                continue
+            log.info("transaction %s is committed as %s", ttid.hex(), tid.hex())
+            for node in self.reported[ttid]:
+                if node.connection is not None:
+                    node.connection.notify(ValidateTransaction, ttid, tid)
+        # Answered after the validation; pending truncations are done before.
+        self._ask_all(
+            self.master.nodes.identified(NodeType.STORAGE), self._ids_known, AskLastIDs
+        )
+
+    def last_ids(
+        self, last_tid: bytes | None, last_oid: bytes | None, first_tid: bytes
+    ) -> None:
+        """The ids of a storage."""
+        if max(last_tid or ZERO_TID, last_oid or ZERO_OID) > MAX_TID:
+            raise ProtocolError("ids out of range")
+        self.last_tid = max(self.last_tid, last_tid or ZERO_TID)
+        self.last_oid = max(self.last_oid, last_oid or ZERO_OID)
+        self.first_tid = min(self.first_tid, first_tid)
+
+    def _ids_known(self) -> None:
+        master = self.master
+        master.transactions.set_last_ids(self.last_tid, self.last_oid, self.first_tid)
+        if master.truncate_tid is not None:
+            master.log.warning("truncated to %s", master.truncate_tid.hex())
+            master.truncate_tid = None
+        master.packs.update()
+        completed = master.packs.completed_by_nid
+        first = add64(min(completed.values()), 1) if completed else ZERO_TID
+        self._ask_all(self._readable(), self._done, AskPackOrders, first)
+
+    def _done(self) -> None:
+        self.master.become(Running(self.master))
+
+    # --- who comes and goes -----------------------------------------------------------
+
+    def may_clone(self) -> bool:
+        return True
+
+    def joined(self, node: Node, conn: Connection) -> None:
+        master = self.master
+        if node.type is not NodeType.MASTER:
+            pt = master.pt
+            conn.notify(SendPartitionTable, pt.ptid, pt.replicas, pt.as_rows())
+        if node.type is NodeType.STORAGE:
+            master.watch(conn)
+
+    def storage_lost(self, node: Node) -> None:
+        master = self.master
+        master.storage_down(node)
+        master.outdate(node.nid)
+        self.asked.pop(node, None)
+        master.packs.storage_lost(node)
+        if not master.operational() or master.truncate_tid is not None:
+            master.leave_operation()
+        else:
+            self._advance()
+
+    def describe(self) -> list[str]:
+        names = ", ".join(nid_str(node.nid) for node in self.asked)
+        return [f"verification waits for answers to {self.asking} from {names}"]
+
+    def check(self) -> None:
+        for node, count in self.asked.items():
+            assert node.connection is not None, node
+            assert count > 0, node
+        assert self.master.operational()
+
+
+class VerifyingStorage(Storage):
+    """A storage in VERIFYING."""
+
+    def __init__(self, phase: Verifying) -> None:
+        super().__init__(phase.master)
+        self.phase = phase
+
+    def answer_locked_transactions(
+        self, conn: Connection, transactions: Mapping[Tid, Tid | None]
+    ) -> None:
+        assert conn.node is not None
+        self.phase.locked(conn.node, transactions)
+        self.phase.answered(conn.node)
+
+    def notify_pack_completed(self, conn: Connection, pack_id: Tid) -> None:
+        assert conn.node is not None
+        if conn.node.nid is not None:
+            self.master.packs.completed_by_nid[conn.node.nid] = pack_id
+
+    def answer_last_ids(
+        self,
+        conn: Connection,
+        last_tid: Tid | None,
+        last_oid: Oid | None,
+        first_tid: Tid,
+    ) -> None:
+        assert conn.node is not None
+        self.phase.last_ids(last_tid, last_oid, first_tid)
+        self.phase.answered(conn.node)
+
+    def answer_pack_orders(self, conn: Connection, orders: Sequence[PackOrder]) -> None:
+        assert conn.node is not None
+        self.master.packs.add(orders)
+        self.phase.answered(conn.node)
