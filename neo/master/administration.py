@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
 from neo.lib.connection import Connection
 from neo.lib.handler import denied
 from neo.lib.node import Node, nid_str, wire_address

@@ -57,11 +57,6 @@ class Running(PrimaryPhase):
             if node.state is NodeState.RUNNING:
                 self.start_storage(node)
 
-    def leave(self) -> None:
-        if self.watchdog is not None:
-            self.watchdog.cancel()
-            self.watchdog = None
-
     @property
     def operational(self) -> bool:
         return True
@@ -120,17 +115,24 @@ class Running(PrimaryPhase):
             limit = self.master.limits.lock_timeout
             self.watchdog = self.master.runtime.call_later(limit, self._watch)
 
+    def _goes_on(self) -> bool:
+        """Is this still the operation, perhaps about to stop?"""
+        phase = self.master.phase
+        return phase is self or (isinstance(phase, Stopping) and phase.running is self)
+
     def _watch(self) -> None:
         """Disconnect who is late, as long as the others can go on without."""
         master = self.master
         self.watchdog = None
+        if not self._goes_on():
+            return
         limit = master.limits.lock_timeout
         late, deadline = master.transactions.late(master.runtime.monotonic(), limit)
         again = False
         for nid in late:
             if master.operational_without((nid,)):
                 master.expel(nid, f"nothing done for {limit:g} s")
-                if master.phase is not self:
+                if not self._goes_on():
                     return
             else:
                 again = True
@@ -172,15 +174,24 @@ class Stopping(PrimaryPhase):
 
     def __init__(self, master: Master, previous: PrimaryPhase) -> None:
         super().__init__(master)
-        # What the phase before left undone goes on.
-        self.storage = previous.storage
+        # What the operation left undone goes on.
         self.running = previous if isinstance(previous, Running) else None
+        self.storage = self.running.storage if self.running else Storage(master)
 
     def enter(self) -> None:
+        self.take_storages()
         self.master.transactions.stopping = True
         self.master.tell_state()
         # After the answer to the administrator, and not inside whatever asked for it.
         self.master.runtime.call_later(0, self.transactions_ended)
+
+    @property
+    def operational(self) -> bool:
+        return self.running is not None
+
+    def lock_awaited(self) -> None:
+        if self.running is not None:
+            self.running.lock_awaited()
 
     def transactions_ended(self) -> None:
         master = self.master

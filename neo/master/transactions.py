@@ -46,7 +46,7 @@ from .tid import clock_tid, final_tid, next_tid
 if TYPE_CHECKING:
     from .app import Master
 
-# A jump of the clock, between two of our looks at it, that deserves a warning (seconds).
+# A jump of the clock between two looks at it that deserves a warning (seconds).
 CLOCK_STEP = 1.0
 # How far in the future an imposed tid may be (seconds): those of a database that was
 # made on a machine with a wrong clock would hold back all later ones.
@@ -106,7 +106,7 @@ class Transaction:
         if self.tid is not None:
             awaited = ", ".join(map(nid_str, self.waiting)) or "its predecessors"
             state = f"finishing as {self.tid.hex()}, waits for {awaited}"
-        client = nid_str(self.client and self.client.nid)
+        client = nid_str(self.client.nid if self.client else None)
         return f"<Transaction {self.ttid.hex()} of {client}, {state}>"
 
 
@@ -214,7 +214,7 @@ class Transactions:
         self.last_tid, self.last_oid, self.first_tid = last_tid, last_oid, first_tid
         if last_tid > clock_tid(self.runtime.now() + CLOCK_STEP):
             self.log.warning(
-                "the clock is behind the last transaction (%s): new tids follow that one",
+                "the clock is behind the last tid, %s: new ones follow it",
                 last_tid.hex(),
             )
 
@@ -386,7 +386,7 @@ class Transactions:
         """A transaction is over: who waited for that?"""
         if self._votes:
             self._retry_votes()
-        self.master.phase.transactions_ended()
+        self.master.primary.transactions_ended()
 
     # --- second phase -----------------------------------------------------------------
 
@@ -432,7 +432,7 @@ class Transactions:
         if not involved:
             self._incomplete(reply, transaction)
             return
-        self._enqueue(transaction)
+        tid = self._enqueue(transaction)
         if greatest > u64(self.last_oid):
             self.last_oid = p64(greatest)
         transaction.reply = reply
@@ -443,7 +443,7 @@ class Transactions:
         transaction.involved = involved
         transaction.waiting = dict.fromkeys(involved)
         for storage in involved.values():
-            storage.ask(AskLockInformation, ttid, transaction.tid, transaction.approved)
+            storage.ask(AskLockInformation, ttid, tid, transaction.approved)
         if self._imposed is transaction:
             self._imposed = None
             self._retry_begins()
@@ -453,7 +453,7 @@ class Transactions:
         self._drop(transaction, list(self.ready))
         self._ended()
 
-    def _enqueue(self, transaction: Transaction) -> None:
+    def _enqueue(self, transaction: Transaction) -> bytes:
         if transaction.imposed:
             tid = transaction.ttid
         else:
@@ -464,7 +464,8 @@ class Transactions:
         transaction.since = self.runtime.monotonic()
         self.queue.append(transaction)
         if len(self.queue) == 1:
-            self.master.phase.lock_awaited()
+            self.master.primary.lock_awaited()
+        return tid
 
     def locked(self, conn: Connection, ttid: bytes) -> None:
         """AnswerInformationLocked."""
@@ -487,8 +488,8 @@ class Transactions:
             self._ended()
 
     def _commit(self, transaction: Transaction) -> None:
-        # Clients first: when a storage shows a revision, its invalidation is on the wire
-        # to all of them.
+        # Clients first: when a storage shows a revision, its invalidation is on the
+        # wire to all of them.
         ttid, tid, oids = transaction.ttid, transaction.tid, transaction.oids
         assert tid is not None
         author = transaction.client
