@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from struct import Struct
-from typing import Any
 
 from neo.lib.connection import LIMIT, Connection
 from neo.lib.exception import ProtocolError
@@ -294,19 +293,11 @@ class Transactions:
         write = transaction.writes.get(oid)
         value = write and write.value
 
-        def answer(value: Any) -> None:
-            if isinstance(value, Exception):
-                raise value
-            data = value and (value[2], value[0], value[1])
-            args = (demand.serial, conflict, data)
-            demand.conn.send(AnswerRelockObject, demand.msg_id, (args,))
-
-        if type(value) is int:
-            # Read before it is released: that is a job of the writer, submitted after.
-            backend = self._backend
-            self._writer.submit(lambda: backend.spilled(value), answer, durable=False)
-        else:
-            answer(value)
+        if isinstance(value, int):
+            value = self._backend.spilled(value)
+        data = value and (value[2], value[0], value[1])
+        answer = (demand.serial, conflict, data)
+        demand.conn.send(AnswerRelockObject, demand.msg_id, (answer,))
         self._discard(transaction, oid)
 
     # --- values -------------------------------------------------------------------

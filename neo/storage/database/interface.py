@@ -135,6 +135,9 @@ class Reader(Protocol):
         One indexed read, whatever the length of the history. Source: 9.1.
         """
 
+    def spilled(self, data_id: int) -> Value:
+        """The value that `Backend.spill` returned this id for, once committed."""
+
     def last_tid_of(self, oid: Oid) -> Tid | None:
         """Greatest tid of the revisions of `oid`, also deletions; None: no revision."""
 
@@ -373,6 +376,9 @@ class Backend(Reader, Protocol):
         Values that are neither voted nor released when the node dies are removed when
         the database is opened again.
         """
+
+    def spilled(self, data_id: int) -> Value:
+        """Read a spilled value that was not released."""
 
     def release(self, data_ids: Iterable[int]) -> None:
         """Free spilled values that will not be voted."""

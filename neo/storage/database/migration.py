@@ -14,10 +14,10 @@ from neo.lib.exception import ConfigurationError
 from . import schema
 
 if TYPE_CHECKING:
-    from .sql import SQLBackend
+    from .writer import SQLWriter
 
 
-def migrate(db: SQLBackend, version: int) -> None:
+def migrate(db: SQLWriter, version: int) -> None:
     """Bring the tables of format `version` to `schema.VERSION`.
 
     Tables and indexes that are just missing are created by the caller.
@@ -27,7 +27,7 @@ def migrate(db: SQLBackend, version: int) -> None:
         db.set_config("version", str(step))
 
 
-def _nullable_tid(db: SQLBackend) -> None:
+def _nullable_tid(db: SQLWriter) -> None:
     for table in "ttrans", "tobj":
         if db.columns(table) and db.fetch(f"SELECT 1 FROM {table} LIMIT 1"):
             raise ConfigurationError(
@@ -37,7 +37,7 @@ def _nullable_tid(db: SQLBackend) -> None:
     db.execute("DROP TABLE IF EXISTS ttrans")
 
 
-def _objects_by_oid(db: SQLBackend) -> None:
+def _objects_by_oid(db: SQLWriter) -> None:
     rebuild(
         db,
         schema.OBJ,
@@ -46,7 +46,7 @@ def _objects_by_oid(db: SQLBackend) -> None:
     )
 
 
-def _progress_in_partition_table(db: SQLBackend) -> None:
+def _progress_in_partition_table(db: SQLWriter) -> None:
     if "tid" in db.columns("pt"):
         return  # restarted after the table was rebuilt, with the next step's layout
     rebuild(
@@ -57,7 +57,7 @@ def _progress_in_partition_table(db: SQLBackend) -> None:
     )
 
 
-def _pack_in_partition_table(db: SQLBackend) -> None:
+def _pack_in_partition_table(db: SQLWriter) -> None:
     db.set_config("partitions", None)
     if "pack" not in db.columns("pt"):
         rebuild(db, schema.PT, "SELECT partition, nid, tid, NULL FROM pt")
@@ -69,7 +69,7 @@ def _pack_in_partition_table(db: SQLBackend) -> None:
     )
 
 
-STEPS: dict[int, Callable[[SQLBackend], None]] = {
+STEPS: dict[int, Callable[[SQLWriter], None]] = {
     1: _nullable_tid,
     2: _objects_by_oid,
     3: _progress_in_partition_table,
@@ -77,7 +77,7 @@ STEPS: dict[int, Callable[[SQLBackend], None]] = {
 }
 
 
-def rebuild(db: SQLBackend, table: schema.Table, select: str) -> None:
+def rebuild(db: SQLWriter, table: schema.Table, select: str) -> None:
     """Replace a table by a new one, filled with `select`."""
     new = f"new_{table.name}"
     if db.columns(table.name):

@@ -31,6 +31,7 @@ from .interface import (
     Settings,
     Tid,
     Transaction,
+    Value,
 )
 
 Row = tuple[Any, ...]
@@ -125,6 +126,15 @@ class SQLReader(ABC):
             data,
             None if value_tid is None else p64(value_tid),
         )
+
+    SPILLED = "SELECT hash, value, compression FROM data WHERE id = ?"
+
+    def spilled(self, data_id: int) -> Value:
+        rows = self._query(self.SPILLED, (data_id,))
+        if not rows:
+            raise BackendError(f"spilled data {data_id} is missing")
+        checksum, data, compression = rows[0]
+        return checksum, data, compression
 
     LAST_TID_OF = "SELECT MAX(tid) FROM obj WHERE partition = ? AND oid = ?"
 

@@ -4,107 +4,35 @@ Life of a transaction (8.1): `vote` inserts its values in `data`, its records in
 (whose tid is the ttid) and its metadata in `ttrans`; `lock` writes the final tid there;
 `unlock` moves the records to `obj` and the metadata to `trans`. The rows of `tobj` and
 `ttrans` are what a crash leaves to be recovered.
-
-A row of `data` lives as long as a row of `obj` refers to it, or something that is not
-committed yet: `_references` counts those, rows of `tobj` and values spilled before
-their vote. It is rebuilt from `tobj` when the database is opened; spilled values don't
-outlive the process: before the first one of a partition, its data id is recorded in
-`config`, as a mark that stays while there are any. At the next start, what is above
-the mark and not referred to is removed. (neoppod ignores such a setting.)
-
-Data ids are chosen here, in a range per partition (6.1), greater than all of it: they
-are never used twice within one life of a node.
 """
 
 from __future__ import annotations
 
-import logging
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
-from neo.lib.exception import BackendError, ConfigurationError
+from neo.lib.exception import ConfigurationError
 from neo.lib.protocol import READABLE, CellState
 from neo.lib.util import p64, u64
 
 from . import schema
-from .interface import (
-    Metadata,
-    Oid,
-    PackOrder,
-    Settings,
-    Store,
-    Tid,
-    Transaction,
-    Value,
-)
+from .interface import Metadata, PackOrder, Store, Tid
+from .maintenance import SQLMaintenance
 from .migration import migrate
-from .reader import ID_MAX, PAGE, Layout, Row, SQLReader, clip, parse_settings
+from .reader import Layout, Row, clip
 
-log = logging.getLogger(__name__)
-
-DATA_ID_BITS = 48  # each partition has a range of data ids
-DATA_ID_RANGE = 1 << DATA_ID_BITS
-PARTITION_MASK = 0x7FFF  # of what a signed 64-bit data id has room for
-MARK = "spill."  # prefix of the settings that mark spilled values
 READABLE_TIDS = frozenset(-state.value for state in READABLE)  # in `pt.tid`
 
 
-class SQLBackend(SQLReader):
+class SQLBackend(SQLMaintenance):
     """See `interface.Backend`. Subclasses bring the connections."""
-
-    dedup: bool
-
-    # Conflicts with existing rows are rare, and handled after.
-    INSERT_IGNORE = "INSERT OR IGNORE"
 
     def __init__(self) -> None:
         self.layout = Layout()
 
     def _reset_memory(self) -> None:
-        self._references: dict[int, int] = {}  # data id -> uses that aren't committed
+        super()._reset_memory()
         self._voted: dict[int, list[int | None]] = {}  # ttid -> data id of each record
         self._with_pack: dict[int, None] = {}  # ttids of those with a pack order
-        self._spilled: dict[int, int] = {}  # data id -> uses
-        self._marks: dict[int, None] = {}  # first data ids of marked partitions
-        self._next_data_id: dict[int, int] = {}  # by first data id of the partition
-
-    # --- what a database brings -------------------------------------------------
-
-    @abstractmethod
-    def begin(self, durable: bool) -> None: ...
-
-    @abstractmethod
-    def commit(self) -> None: ...
-
-    @abstractmethod
-    def rollback(self) -> None: ...
-
-    @abstractmethod
-    def execute(self, sql: str, args: Sequence[object] = ()) -> int:
-        """Execute in the transaction of the writer; return the rows changed."""
-
-    @abstractmethod
-    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None: ...
-
-    @abstractmethod
-    def fetch(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
-        """All rows, as the transaction of the writer sees them."""
-
-    @abstractmethod
-    def columns(self, table: str) -> list[str]:
-        """Names of the columns of a table, empty if it doesn't exist."""
-
-    @abstractmethod
-    def create_table(self, table: schema.Table, name: str | None = None) -> None:
-        """Create a table unless it exists, under another name if given."""
-
-    @abstractmethod
-    def create_indexes(self, table: schema.Table) -> None:
-        """Create the indexes of a table that don't exist."""
-
-    @abstractmethod
-    def detect_dedup(self, create: bool) -> bool:
-        """Whether `data` has the index that makes values unique; maybe `create` it."""
 
     # --- opening ------------------------------------------------------------------
 
@@ -189,32 +117,10 @@ class SQLBackend(SQLReader):
         if not self.fetch("SELECT 1 FROM trans WHERE partition = ? AND tid = ?", args):
             self.execute("DELETE FROM pack WHERE tid = ?", (tid,))
 
-    def _remove_spilled(self) -> None:
-        for name, value in self.fetch("SELECT name, value FROM config"):
-            if not name.startswith(MARK):
-                continue
-            first = int(name.removeprefix(MARK))
-            data_id: int | None = int(value)
-            while data_id is not None:
-                data_id = self._prune_orphans(
-                    data_id, first + DATA_ID_RANGE - 1, PAGE, dry_run=False
-                )[1]
-            self.set_config(name, None)
-
     def erase(self) -> None:
         self.open_database(self._dedup_wanted, reset=True)
 
-    # --- settings -----------------------------------------------------------------
-
-    def set_config(self, name: str, value: str | None) -> None:
-        if value is None:
-            self.execute("DELETE FROM config WHERE name = ?", (name,))
-        else:
-            self.execute("REPLACE INTO config VALUES (?, ?)", (name, value))
-
-    def _settings(self) -> Settings:
-        """As the transaction of the writer sees them."""
-        return parse_settings(dict(self.fetch("SELECT name, value FROM config")))
+    # --- settings and partition table -------------------------------------------------
 
     def set_name(self, name: str) -> None:
         self.set_config("name", name)
@@ -232,8 +138,6 @@ class SQLBackend(SQLReader):
     def set_truncate_tid(self, tid: Tid) -> None:
         self.set_config("backup_tid", None)
         self.set_config("truncate_tid", tid.hex())
-
-    # --- partition table ------------------------------------------------------------
 
     def change_partition_table(
         self,
@@ -328,116 +232,6 @@ class SQLBackend(SQLReader):
             (u64(pack_id), partition, self.layout.nid),
         )
 
-    # --- data -----------------------------------------------------------------------
-
-    def _refer(self, data_id: int) -> None:
-        self._references[data_id] = self._references.get(data_id, 0) + 1
-
-    def _unrefer(self, data_ids: Iterable[int | None]) -> list[int]:
-        """Count down; return those that only committed records may refer to now."""
-        free = []
-        for data_id in data_ids:
-            if data_id is None:
-                continue
-            count = self._references[data_id] - 1
-            if count:
-                self._references[data_id] = count
-            else:
-                del self._references[data_id]
-                free.append(data_id)
-        return free
-
-    def _release(self, data_ids: Iterable[int | None]) -> None:
-        self._prune(self._unrefer(data_ids))
-
-    PRUNE = (
-        "DELETE FROM data WHERE id = ?"
-        " AND NOT EXISTS (SELECT 1 FROM obj WHERE obj.data_id = data.id)"
-    )
-
-    def _prune(self, data_ids: Iterable[int | None]) -> None:
-        """Delete the values among them that nothing refers to any more."""
-        self.execute_many(
-            self.PRUNE,
-            [
-                (data_id,)
-                for data_id in data_ids
-                if data_id is not None and data_id not in self._references
-            ],
-        )
-
-    def _next_id(self, first: int) -> int:
-        """Next data id of the partition whose first one is `first` (6.1)."""
-        data_id = self._next_data_id.get(first)
-        if data_id is None:
-            last = self.fetch(
-                "SELECT MAX(id) FROM data WHERE id >= ? AND id <= ?",
-                (first, first + DATA_ID_RANGE - 1),
-            )[0][0]
-            data_id = self._next_data_id[first] = first if last is None else last + 1
-        return data_id
-
-    def _new_data_id(self, partition: int) -> int:
-        first = _first_data_id(partition)
-        data_id = self._next_id(first)
-        self._next_data_id[first] = data_id + 1
-        return data_id
-
-    INSERT_DATA = "INSERT INTO data VALUES (?, ?, ?, ?)"
-    EQUAL_DATA = "SELECT id, value FROM data WHERE hash = ? AND compression = ?"
-
-    def _store_value(self, partition: int, value: Value, rows: list[Row]) -> int:
-        """Data id of a value; its row is put in `rows`, or inserted at once (dedup)."""
-        checksum, data, compression = value
-        if not self.dedup:
-            data_id = self._new_data_id(partition)
-            rows.append((data_id, checksum, compression, data))
-            return data_id
-        for data_id, other in self.fetch(self.EQUAL_DATA, (checksum, compression)):
-            if other != data:
-                raise BackendError(
-                    f"data {data_id} has the checksum of another value:"
-                    f" {checksum.hex()}"
-                )
-            return int(data_id)
-        data_id = self._new_data_id(partition)
-        self.execute(self.INSERT_DATA, (data_id, checksum, compression, data))
-        return data_id
-
-    def _insert_value(self, partition: int, value: Value) -> int:
-        rows: list[Row] = []
-        data_id = self._store_value(partition, value, rows)
-        for row in rows:
-            self.execute(self.INSERT_DATA, row)
-        return data_id
-
-    def spill(self, oid: Oid, value: Value) -> int:
-        partition = u64(oid) % self.layout.partitions
-        first = _first_data_id(partition)
-        if first not in self._marks:
-            self._marks[first] = None
-            self.set_config(f"{MARK}{first}", str(self._next_id(first)))
-        data_id = self._insert_value(partition, value)
-        self._refer(data_id)
-        self._spilled[data_id] = self._spilled.get(data_id, 0) + 1
-        return data_id
-
-    def _forget_spilled(self, data_id: int) -> None:
-        """Note that a spilled value is voted or released: one use less."""
-        count = self._spilled.pop(data_id) - 1
-        if count:
-            self._spilled[data_id] = count
-        elif not self._spilled:
-            for first in self._marks:
-                self.set_config(f"{MARK}{first}", None)
-            self._marks.clear()
-
-    def release(self, data_ids: Iterable[int]) -> None:
-        data_ids = list(data_ids)
-        for data_id in data_ids:
-            self._forget_spilled(data_id)
-        self._release(data_ids)
-
     # --- transactions -----------------------------------------------------------------
 
     def vote(
@@ -479,13 +273,7 @@ class SQLBackend(SQLReader):
         if metadata is not None:
             self._vote_metadata(number, metadata)
 
-    def _pointed(self, partition: int, oid: int, tid: int) -> Row | None:
-        """Row with the data id of an existing revision."""
-        rows = self.fetch(self.HAS_REVISION, (partition, oid, tid))
-        return rows[0] if rows else None
-
     INSERT_TTRANS = "INSERT INTO ttrans VALUES (?, NULL, 0, ?, ?, ?, ?, ?)"
-    REPLACE_PACK = "REPLACE INTO pack VALUES (?, ?, ?, ?, ?)"
 
     def _vote_metadata(self, ttid: int, metadata: Metadata) -> None:
         self.execute(
@@ -503,13 +291,6 @@ class SQLBackend(SQLReader):
             oids, pack_tid = metadata.pack
             self._insert_pack(ttid, PackOrder(None, oids is not None, oids, pack_tid))
             self._with_pack[ttid] = None
-
-    def _insert_pack(self, tid: int, order: PackOrder) -> None:
-        approved, partial, oids, pack_tid = order
-        packed_oids = None if oids is None else b"".join(sorted(oids))
-        self.execute(
-            self.REPLACE_PACK, (tid, approved, partial, packed_oids, u64(pack_tid))
-        )
 
     def lock(self, ttid: Tid, tid: Tid, pack: bool) -> None:
         number = u64(ttid)
@@ -529,10 +310,6 @@ class SQLBackend(SQLReader):
         "SELECT obj.partition, obj.oid, obj.tid, obj.data_id, tobj.data_id,"
         " tobj.value_tid FROM tobj JOIN obj ON obj.partition = tobj.partition"
         " AND obj.oid = tobj.oid AND obj.tid = ? WHERE tobj.tid = ?"
-    )
-    UPDATE_OBJ = (
-        "UPDATE obj SET data_id = ?, value_tid = ?"
-        " WHERE partition = ? AND oid = ? AND tid = ?"
     )
 
     def unlock(self, ttid: Tid, tid: Tid) -> None:
@@ -581,222 +358,3 @@ class SQLBackend(SQLReader):
             for data_id, count in list(self._spilled.items())
             for _ in range(count)
         )
-
-    # --- packing ------------------------------------------------------------------
-
-    def sign_packs(
-        self, approved: Iterable[Tid], rejected: Iterable[Tid]
-    ) -> tuple[list[Tid], list[Tid]]:
-        return self._sign_packs(approved, 1), self._sign_packs(rejected, 0)
-
-    def _sign_packs(self, ids: Iterable[Tid], approved: int) -> list[Tid]:
-        missing = []
-        for pack_id in ids:
-            # The count of changed rows doesn't tell: some databases don't count rows
-            # that have the value already.
-            args = (u64(pack_id),)
-            if self.fetch("SELECT 1 FROM pack WHERE tid = ?", args):
-                self.execute(
-                    "UPDATE pack SET approved = ? WHERE tid = ?", (approved, *args)
-                )
-            else:
-                missing.append(pack_id)
-        return missing
-
-    LAST_REVISION = (
-        "SELECT oid, tid, 2, data_id FROM obj"
-        " WHERE partition = ? AND oid = ? AND tid <= ? ORDER BY tid DESC LIMIT 1"
-    )
-
-    def pack_partition(
-        self,
-        partition: int,
-        pack_tid: Tid,
-        min_oid: Oid,
-        length: int,
-        oids: Sequence[Oid] | None = None,
-    ) -> Oid | None:
-        bound = clip(pack_tid)
-        if oids is None:
-            if u64(min_oid) > ID_MAX:
-                return None
-            rows = self.fetch(
-                self.LAST_REVISIONS, (partition, u64(min_oid), bound, length, partition)
-            )
-            next_oid = self._next_oid([row[0] for row in rows], length)
-        else:
-            among = self._oids_of(partition, min_oid, oids)
-            next_oid = p64(among[length]) if len(among) > length else None
-            rows = []
-            for oid in among[:length]:
-                rows += self.fetch(self.LAST_REVISION, (partition, oid, bound))
-        for oid, tid, revisions, data_id in rows:
-            if data_id is None:
-                self._delete_revisions(partition, oid, tid)
-            elif revisions > 1:
-                self._delete_revisions(partition, oid, tid - 1)
-        return next_oid
-
-    def _oids_of(self, partition: int, min_oid: Oid, oids: Sequence[Oid]) -> list[int]:
-        return sorted(
-            number
-            for oid in dict.fromkeys(oids)
-            if oid >= min_oid
-            and (number := u64(oid)) % self.layout.partitions == partition
-            and number <= ID_MAX
-        )
-
-    def _delete_revisions(self, partition: int, oid: int, last: int) -> None:
-        where = "FROM obj WHERE partition = ? AND oid = ? AND tid <= ?"
-        args = (partition, oid, last)
-        rows = self.fetch(f"SELECT data_id {where}", args)
-        self.execute(f"DELETE {where}", args)
-        self._prune(dict.fromkeys(data_id for (data_id,) in rows))
-
-    # --- replication ----------------------------------------------------------------
-
-    REPLACE_TRANS = "REPLACE INTO trans VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-
-    def add_transaction(self, tid: Tid, transaction: Transaction) -> None:
-        number = u64(tid)
-        user, description, extension, oids, packed, ttid, pack = transaction
-        self.execute(
-            self.REPLACE_TRANS,
-            (
-                number % self.layout.partitions,
-                number,
-                packed,
-                b"".join(oids),
-                user,
-                description,
-                extension,
-                u64(ttid),
-            ),
-        )
-        if pack is None:
-            self.execute("DELETE FROM pack WHERE tid = ?", (number,))
-        else:
-            self._insert_pack(number, pack)
-
-    INSERT_OBJ = " INTO obj VALUES (?, ?, ?, ?, ?)"
-
-    def add_object(
-        self, oid: Oid, tid: Tid, value: Value | None, value_tid: Tid | None
-    ) -> None:
-        oid_number, tid_number = u64(oid), u64(tid)
-        partition = oid_number % self.layout.partitions
-        key = partition, oid_number, tid_number
-        pointed = value_tid and self._pointed(partition, oid_number, u64(value_tid))
-        if pointed:
-            (data_id,) = pointed
-        else:
-            data_id = value and self._insert_value(partition, value)
-        pointer = value_tid and u64(value_tid)
-        if self.execute(self.INSERT_IGNORE + self.INSERT_OBJ, (*key, data_id, pointer)):
-            return
-        before = self._pointed(*key)
-        self.execute(self.UPDATE_OBJ, (data_id, pointer, *key))
-        if before and before[0] != data_id:
-            self._prune(before)
-            log.warning(
-                "record %s of %s was here already, replaced", oid.hex(), tid.hex()
-            )
-
-    def delete_transaction(self, tid: Tid) -> None:
-        number = u64(tid)
-        self.execute(
-            "DELETE FROM trans WHERE partition = ? AND tid = ?",
-            (number % self.layout.partitions, number),
-        )
-        self.execute("DELETE FROM pack WHERE tid = ?", (number,))
-
-    def delete_object(self, oid: Oid, tid: Tid) -> None:
-        number = u64(oid)
-        key = number % self.layout.partitions, number, u64(tid)
-        if pointed := self._pointed(*key):
-            self._delete_objects([(*key, *pointed)])
-
-    # --- removal, repair --------------------------------------------------------------
-
-    def _delete_objects(self, rows: Sequence[Row]) -> None:
-        """Delete records (partition, oid, tid, data id), and data only they used."""
-        self.execute_many(
-            "DELETE FROM obj WHERE partition = ? AND oid = ? AND tid = ?",
-            [row[:3] for row in rows],
-        )
-        self._prune(dict.fromkeys(row[3] for row in rows))
-
-    # From the end, so that what is left of an interrupted truncation is a past state.
-    OBJECTS_DOWN = (
-        "SELECT partition, oid, tid, data_id FROM obj WHERE partition = ? AND tid > ?"
-        " ORDER BY tid DESC, oid DESC LIMIT ?"
-    )
-    TRANSACTIONS_DOWN = (
-        "SELECT tid FROM trans WHERE partition = ? AND tid > ?"
-        " ORDER BY tid DESC LIMIT ?"
-    )
-
-    def _delete_after(self, partition: int, tid: int, limit: int) -> bool:
-        """Delete at most `limit` rows of each kind, from the end; True: call again."""
-        rows = self.fetch(self.OBJECTS_DOWN, (partition, tid, limit))
-        self._delete_objects(rows)
-        if len(rows) == limit:
-            return True
-        tids = self.fetch(self.TRANSACTIONS_DOWN, (partition, tid, limit))
-        self.execute_many(
-            "DELETE FROM trans WHERE partition = ? AND tid = ?",
-            [(partition, *row) for row in tids],
-        )
-        self.execute_many("DELETE FROM pack WHERE tid = ?", tids)
-        return len(tids) == limit
-
-    def truncate(self, limit: int) -> bool:
-        truncate_tid = self._settings().truncate_tid
-        if truncate_tid is None:
-            return False
-        tid = clip(truncate_tid)
-        nid = self.layout.nid
-        self.execute("UPDATE pt SET tid = ? WHERE nid = ? AND tid > ?", (tid, nid, tid))
-        for (partition,) in self.fetch(
-            "SELECT partition FROM pt WHERE nid = ? ORDER BY partition", (nid,)
-        ):
-            if self._delete_after(partition, tid, limit):
-                return True
-        self.set_config("truncate_tid", None)
-        return False
-
-    def drop_partition(self, partition: int, limit: int) -> bool:
-        if self.fetch(
-            "SELECT 1 FROM pt WHERE partition = ? AND nid = ?",
-            (partition, self.layout.nid),
-        ):
-            return False
-        return self._delete_after(partition, -1, limit)
-
-    def prune_orphans(
-        self, min_id: int, limit: int, dry_run: bool
-    ) -> tuple[int, int | None]:
-        return self._prune_orphans(min_id, ID_MAX, limit, dry_run)
-
-    UNREFERRED = (
-        "SELECT id, NOT EXISTS (SELECT 1 FROM obj WHERE obj.data_id = data.id)"
-        " FROM data WHERE id >= ? AND id <= ? ORDER BY id LIMIT ?"
-    )
-
-    def _prune_orphans(
-        self, min_id: int, max_id: int, limit: int, dry_run: bool
-    ) -> tuple[int, int | None]:
-        rows = self.fetch(self.UNREFERRED, (min_id, max_id, limit))
-        orphans = [
-            data_id
-            for data_id, unreferred in rows
-            if unreferred and data_id not in self._references
-        ]
-        if not dry_run:
-            self._prune(orphans)
-        return len(orphans), rows[-1][0] + 1 if len(rows) == limit else None
-
-
-def _first_data_id(partition: int) -> int:
-    """First data id of a partition: a matter of placement only (6.1)."""
-    return (partition & PARTITION_MASK) << DATA_ID_BITS

@@ -12,11 +12,13 @@ serves everyone, and reads wait while the writer has a transaction open.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket  # noqa: TID251  # an abstract socket as a lock, never connected
 import sqlite3
 import struct
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import RLock  # noqa: TID251  # see _SharedReader
@@ -310,15 +312,20 @@ class SQLiteBackend(SQLiteBase):
         except OSError as e:
             raise ConfigurationError(f"can not open {path!r}: {e.strerror}") from e
         self.device = stat.st_dev
-        name = f"\0neostorage:{stat.st_dev}:{stat.st_ino}"
-        lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._closers.append(lock.close)
         try:
-            lock.bind(name)  # for other nodes of this host, neoppod's too
-            # and for nodes of other hosts, if the file system knows locks
+            # The socket is for nodes of this host, neoppod's too; the lock file also
+            # for other hosts, if the file system knows locks.
+            if sys.platform == "linux":
+                lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._closers.append(lock.close)
+                lock.bind(f"\0neostorage:{stat.st_dev}:{stat.st_ino}")
             self._closers.append(LockFile(f"{path}.lock").close)
-        except (LockError, OSError) as e:
+        except LockError as e:
             raise DatabaseLocked("database is locked") from e
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                raise DatabaseLocked("database is locked") from e
+            raise ConfigurationError(f"can not lock {path!r}: {e.strerror}") from e
 
     def _connect(self) -> sqlite3.Connection:
         location = self._location
