@@ -623,6 +623,7 @@ def test_spilled_value_is_voted(life: Life, dedup: bool) -> None:
     a = write(db, ("spill", p64(1), val("a")))
     b = write(db, ("spill", p64(2), val("b")))
     c = write(db, ("spill", p64(3), val("a")))
+    assert db.spilled(a) == db.background.spilled(c) == val("a")
     write(db, ("release", [c]))
     assert data_rows(db) == [b"a", b"b"]
     write(db, ("vote", p64(100), [store(1, a), store(2, b)], meta(1, 2)))
@@ -759,6 +760,111 @@ def test_fetch(db: Backend) -> None:
         None,
         {p64(104): [p64(8)]},
     )
+
+
+RECORDS = st.dictionaries(
+    st.tuples(st.integers(1, 6), st.integers(0, 5)),  # tid, oid, of partition 0
+    st.one_of(st.none(), st.sampled_from(["a", "b"])),
+)
+
+
+def filled(records: dict[tuple[int, int], str | None]) -> MemoryBackend:
+    db = MemoryBackend()
+    start(db)
+    db.begin(durable=False)
+    for (tid, oid), value in records.items():
+        t = Transaction(b"", b"", b"", [], False, p64(tid * NP), None)
+        db.add_transaction(p64(tid * NP), t)
+        db.add_object(p64(oid * NP), p64(tid * NP), value and val(value), None)
+    db.commit()
+    return db
+
+
+@settings(deadline=None, max_examples=100)
+@given(source=RECORDS, target=RECORDS, chunk=st.integers(1, 4))
+def test_replication_converges(
+    source: dict[tuple[int, int], str | None],
+    target: dict[tuple[int, int], str | None],
+    chunk: int,
+) -> None:
+    """Whatever each side has, the requester ends with the keys of the source."""
+    ours, theirs = filled(source), filled(target)
+    tid: bytes | None = ZERO_TID
+    while tid is not None:
+        known = theirs.tids_from(0, tid, MAX_TID, chunk)
+        missing, tid, unknown = ours.fetch_transactions(0, chunk, tid, MAX_TID, known)
+        if len(known) == chunk:  # what was not listed there, the source sends
+            after = theirs.tids_from(0, p64(u64(known[-1]) + 1), MAX_TID, 999)
+            unknown.extend(t for t in after if tid is None or t < tid)
+        for t in unknown:
+            write(theirs, ("delete_transaction", t))
+        for t in missing:
+            write(theirs, ("add_transaction", t, ours.transaction(t)))
+    key: Any = (ZERO_TID, ZERO_OID)
+    while key[0] is not None:
+        keys: dict[bytes, list[bytes]] = {}
+        known_keys = theirs.object_keys(0, chunk, key[0], MAX_TID, key[1])
+        for t, oid in known_keys:
+            keys.setdefault(t, []).append(oid)
+        found = ours.fetch_objects(0, chunk, key[0], MAX_TID, key[1], keys)
+        if len(known_keys) == chunk:
+            t, oid = known_keys[-1]
+            after_key = p64(u64(oid) + 1)
+            for k in theirs.object_keys(0, 999, t, MAX_TID, after_key):
+                if found.next_tid is None or k < found[1:3]:
+                    found.unknown.setdefault(k[0], []).append(k[1])
+        for t, oids in found.unknown.items():
+            for oid in oids:
+                write(theirs, ("delete_object", oid, t))
+        for t, oid in found.missing:
+            revision = ours.load(oid, at=t)
+            assert revision is not None
+            _, _, compression, checksum, data, _ = revision
+            value = None if compression is None else (checksum, data, compression)
+            write(theirs, ("add_object", oid, t, value, None))
+        key = found[1:3]
+    span = (0, 1000, ZERO_TID, MAX_TID)
+    assert theirs.check_tid_range(*span) == ours.check_tid_range(*span)
+    serials = ours.check_serial_range(*span, ZERO_OID)
+    assert theirs.check_serial_range(*span, ZERO_OID) == serials
+    assert serials[0] == len(source)
+    assert write(theirs, ("prune_orphans", 0, 1000, True)) == (0, None)
+    ours.close()
+    theirs.close()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    records=RECORDS,
+    bound=st.integers(0, 7),
+    length=st.integers(1, 4),
+    listed=st.one_of(st.none(), st.sets(st.integers(0, 7))),
+)
+def test_pack_keeps_what_it_must(
+    records: dict[tuple[int, int], str | None],
+    bound: int,
+    length: int,
+    listed: set[int] | None,
+) -> None:
+    """The rule of storage-format.md 12.3, said another way."""
+    db = filled(records)
+    oids = None if listed is None else [p64(oid * NP) for oid in listed] + [p64(1)]
+    min_oid: bytes | None = ZERO_OID
+    while min_oid is not None:
+        args = (0, p64(bound * NP), min_oid, length, oids)
+        min_oid = write(db, ("pack_partition", *args))
+    kept = set()
+    for tid, oid in records:
+        current = max((t for t, o in records if o == oid and t <= bound), default=0)
+        if (
+            tid > current
+            or (listed is not None and oid not in listed)
+            or (tid == current and records[tid, oid] is not None)
+        ):
+            kept.add((p64(tid * NP), p64(oid * NP)))
+    assert db.object_keys(0, 999, ZERO_TID, MAX_TID, ZERO_OID) == sorted(kept)
+    assert write(db, ("prune_orphans", 0, 1000, True)) == (0, None)
+    db.close()
 
 
 def test_add_and_delete(db: Backend) -> None:

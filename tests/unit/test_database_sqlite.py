@@ -150,6 +150,13 @@ def test_lock_file_counts_alone(tmp_path: Path) -> None:
     SQLiteBackend(str(path)).close()
 
 
+def test_file_that_can_not_be_locked(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    Path(f"{path}.lock").mkdir()
+    with pytest.raises(ConfigurationError, match="can not lock"):
+        SQLiteBackend(str(path))
+
+
 @pytest.mark.parametrize("content", [b"x" * 5000, b"not a database, but text" * 9])
 def test_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "db"

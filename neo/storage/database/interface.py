@@ -249,6 +249,10 @@ class Reader(Protocol):
         """Compare the first `length` transactions of a range with a requester's tids.
 
         Those of `known` that lie beyond the chunk are in no list (19, item 27).
+
+        A requester bounds the list that it sends. If it has more than that, the last
+        one sent being K, the source sends all that it has after K and before
+        `next_tid`: whatever else the requester has there, it must delete by itself.
         """
 
     def object_keys(
@@ -265,7 +269,10 @@ class Reader(Protocol):
         min_oid: Oid,
         known: Mapping[Tid, Sequence[Oid]],
     ) -> MissingObjects:
-        """Likewise for object records, from (`min_tid`, `min_oid`) by (tid, oid)."""
+        """Likewise for object records, from (`min_tid`, `min_oid`) by (tid, oid).
+
+        With the same duty for a requester that has more keys than it sent.
+        """
 
     def check_tid_range(
         self, partition: int, length: int, min_tid: Tid, max_tid: Tid
@@ -376,9 +383,6 @@ class Backend(Reader, Protocol):
         Values that are neither voted nor released when the node dies are removed when
         the database is opened again.
         """
-
-    def spilled(self, data_id: int) -> Value:
-        """Read a spilled value that was not released."""
 
     def release(self, data_ids: Iterable[int]) -> None:
         """Free spilled values that will not be voted."""
