@@ -68,6 +68,7 @@ class ClientHandler(Handler):
         self.load = operation.backend.load
 
     def closed(self, conn: Connection) -> None:
+        self.operation.node.forget(conn)
         node = conn.node
         assert node is not None
         if node.connection is conn:
