@@ -135,6 +135,10 @@ class SocketTransport(Transport):
         except OSError as error:
             self._fail(os.strerror(error.errno or 0))
             return
+        self.received(data)
+
+    def received(self, data: bytes) -> None:
+        """Feed the connection with what was read; b"": the peer closed."""
         if not data:
             self._fail("closed by the peer")
         elif self.finishing:
