@@ -35,6 +35,7 @@ LOCKLESS: Final = 1  # accepted, without lock
 IGNORED: Final = 2  # not kept: the cell is not here
 WAIT: Final = 3  # until the lock is free
 DEADLOCK: Final = 4  # likewise, and the holder's client must be told
+UNKNOWN: Final = 5  # refused: its base is later than the last revision
 
 Outcome = int | bytes  # bytes: tid of the revision that conflicts
 

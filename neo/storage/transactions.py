@@ -42,6 +42,7 @@ from neo.lib.protocol import (
 )
 from neo.lib.runtime import Runtime
 
+from .background import fail
 from .database.interface import Backend, Metadata, Oid, Revision, Store, Tid
 from .locks import (
     ABSENT,
@@ -56,6 +57,7 @@ from .locks import (
     READABLE,
     RELOCK,
     STORE,
+    UNKNOWN,
     UNLOCKED,
     VOTED,
     WAIT,
@@ -194,7 +196,8 @@ class Transactions:
         current = self.last_tid_of(oid)
         if current is None or current == demand.serial:
             return GRANTED
-        return current
+        # A lesser tid would be no conflict that its client could resolve.
+        return current if current > demand.serial else UNKNOWN
 
     def last_tid_of(self, oid: Oid) -> Tid | None:
         """Tid of the last committed revision, applied or not."""
@@ -245,17 +248,13 @@ class Transactions:
         elif outcome == IGNORED:
             self._answer(demand, ZERO_TID)
             return
+        elif outcome == UNKNOWN:
+            text = f"{oid.hex()} has no revision {demand.serial.hex()} here"
+            fail(demand.conn, demand.msg_id, text)
+            return
         else:
             assert type(outcome) is bytes, outcome
-            if outcome < demand.serial:
-                text = (
-                    f"{oid.hex()}: revision {outcome.hex()} is the last one, "
-                    f"{demand.serial.hex()} is not known"
-                )
-                demand.conn.error(demand.msg_id, ErrorCode.PROTOCOL_ERROR, text)
-                demand.conn.abort(text)
-            else:
-                self._answer(demand, outcome)
+            self._answer(demand, outcome)
             return
         if demand.kind == STORE:
             assert write is not None

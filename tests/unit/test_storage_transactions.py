@@ -1,0 +1,757 @@
+"""Stores, locks, votes, unlocks, aborts; and the reads that they delay."""
+
+from __future__ import annotations
+
+from hashlib import sha1
+from typing import Any
+
+import pytest
+
+from neo.lib.protocol import (
+    INVALID_PARTITION,
+    MAX_TID,
+    ZERO_HASH,
+    ZERO_TID,
+    AnswerInformationLocked,
+    AnswerObject,
+    AnswerRelockObject,
+    AnswerStoreObject,
+    AnswerStoreTransaction,
+    AnswerTIDsFrom,
+    AnswerTransactionInformation,
+    AskCheckCurrentSerial,
+    AskFinalTID,
+    AskLockInformation,
+    AskObject,
+    AskObjectHistory,
+    AskObjectUndoSerial,
+    AskOIDsFrom,
+    AskStoreObject,
+    AskStoreTransaction,
+    AskTIDs,
+    AskTIDsFrom,
+    AskTransactionInformation,
+    AskVoteTransaction,
+    CellState,
+    Error,
+    ErrorCode,
+    NotifyDeadlock,
+    NotifyUnlockInformation,
+)
+from neo.storage import transactions
+from neo.storage.database.memory import MemoryBackend
+
+from .storage_harness import OUT, UP, Harness, Peer, number
+
+T1, T2, T3, T4, T5, T6 = (number(n) for n in (10, 12, 14, 16, 18, 20))
+A, B, C = number(2), number(4), number(6)
+ODD = number(3)
+
+
+@pytest.fixture
+def h() -> Harness:
+    """A node that has two partitions alone."""
+    harness = Harness()
+    harness.operate()
+    return harness
+
+
+def accepted(peer: Peer) -> None:
+    """The last store was accepted, with a lock."""
+    assert peer.receive(AnswerStoreObject) == (None,)
+
+
+def conflict(peer: Peer, tid: bytes) -> None:
+    assert peer.receive(AnswerStoreObject) == (tid,)
+
+
+def nothing(*peers: Peer) -> None:
+    for peer in peers:
+        assert peer.packets() == []
+
+
+def refused(peer: Peer) -> None:
+    """The peer broke a rule: it is told, and disconnected."""
+    code, text = peer.receive(Error)
+    assert code == ErrorCode.PROTOCOL_ERROR, text
+    assert peer.is_closed
+
+
+def orphans(h: Harness) -> tuple[int, int | None]:
+    """Values that nothing refers to."""
+    h.backend.begin(False)
+    result = h.backend.prune_orphans(0, 100, True)
+    h.backend.commit()
+    return result
+
+
+def test_commit(h: Harness) -> None:
+    c = h.client()
+    c.store(T1, A, b"a")
+    accepted(c)
+    c.vote(T1, A)
+    assert c.receive(AnswerStoreTransaction) == ()
+    h.m.lock(T1, T2)
+    assert h.m.receive(AnswerInformationLocked) == (T1,)
+    assert c.ask(AskFinalTID, T1) == (T2,)
+    h.m.unlock(T1)
+    value = (0, sha1(b"a").digest(), b"a")
+    assert c.load(A) == (A, T2, None, *value, None)
+    assert h.backend.load(A) is None  # not applied: the answer came from memory
+    h.advance(1)
+    assert h.backend.load(A) == (T2, None, *value, None)
+    assert c.load(A) == (A, T2, None, *value, None)
+    assert c.ask(AskFinalTID, T1) == (T2,)
+    assert c.ask(AskTransactionInformation, T2) == (
+        T2,
+        b"user",
+        b"description",
+        b"",
+        False,
+        (A,),
+    )
+
+
+def test_answers_wait_for_the_disk(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    for peer, ttid, oid in ((c, T1, A), (d, T2, B)):
+        peer.store(ttid, oid, b"x")
+        accepted(peer)
+    commits = []
+    begin = h.backend.begin
+    h.backend.begin = lambda durable: (commits.append(durable), begin(durable))[1]  # type: ignore[method-assign]
+    h.hold_jobs = True
+    c.vote(T1, A)
+    d.vote(T2, B)
+    e = h.client(3)
+    e.store(T3, C, b"x")
+    accepted(e)  # stores and loads go on
+    e.vote(T3, C)
+    nothing(c, d, e)
+    h.hold_jobs = False
+    h.turn()
+    for peer in (c, d, e):
+        peer.expect(AnswerStoreTransaction)
+    assert commits == [True, True]  # the first vote, then all that waited
+
+
+def test_conflict_and_stale_base(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    c.store(T3, A, b"3", T1)
+    conflict(c, T2)
+    d.store(T4, A, b"4", T2)  # no lock was taken
+    accepted(d)
+    c.store(T3, B, b"3", T5)
+    accepted(c)  # no revision: any base
+    d.abort(T4)
+    c.store(T3, A, b"3", T5)
+    refused(c)
+    d.store(T6, A, b"6", T2)
+    accepted(d)
+
+
+def test_stores_of_one_transaction_replace_each_other(h: Harness) -> None:
+    c = h.client()
+    for data in (b"1", b"22", None, b"333"):
+        c.store(T1, A, data)
+        accepted(c)
+    c.vote(T1, A)
+    c.packets()
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    h.advance(2)
+    assert c.load(A)[5] == b"333"
+    assert orphans(h) == (0, None)
+
+
+def test_younger_waits_for_older(h: Harness) -> None:
+    """Scenario 84, for one storage; 47."""
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    accepted(c)
+    d.store(T2, A, b"2")
+    nothing(c, d)
+    c.vote(T1, A)
+    c.packets()
+    h.m.lock(T1, T3)
+    nothing(d)
+    h.m.unlock(T1)
+    conflict(d, T3)
+    d.store(T2, A, b"2", T3)
+    accepted(d)
+
+
+def test_waiters_are_served_by_ttid_then_arrival(h: Harness) -> None:
+    c = h.client()
+    c.store(T1, A, b"1")
+    c.packets()
+    ids = [
+        (T3, c.store(T3, A, b"3")),
+        (T2, c.store(T2, A, b"2")),
+        (T2, c.store(T2, A, b"2 again")),
+    ]
+    nothing(c)
+    c.abort(T1)
+    served = [msg_id for _, msg_id, _ in c.packets()]
+    assert served == [ids[1][1], ids[2][1]]
+    c.abort(T2)
+    assert [msg_id for _, msg_id, _ in c.packets()] == [ids[0][1]]
+
+
+def test_deadlock_is_avoided(h: Harness) -> None:
+    """Scenario 85, as seen by the storage where the younger one has the lock."""
+    c, d = h.client(), h.client(2)
+    d.store(T2, A, b"d")
+    accepted(d)
+    c.store(T1, A, b"c")
+    assert d.receive(NotifyDeadlock) == (T2, A)
+    c.store(T1, A, b"c again")
+    nothing(c, d)  # told once
+    d.relock(T2, A)
+    accepted(c)
+    accepted(c)
+    nothing(d)
+    c.vote(T1, A)
+    c.packets()
+    h.m.lock(T1, T3)
+    h.m.unlock(T1)
+    data = (0, sha1(b"d").digest(), b"d")
+    assert d.receive(AnswerRelockObject) == ((ZERO_TID, T3, data),)
+    d.store(T2, A, b"resolved", T3)
+    accepted(d)
+
+
+def test_relock_without_conflict(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    d.store(T2, A, b"d")
+    accepted(d)
+    c.store(T1, A, b"c")
+    d.receive(NotifyDeadlock)
+    d.relock(T2, A)
+    accepted(c)
+    c.abort(T1)
+    assert d.receive(AnswerRelockObject) == (None,)
+    d.relock(T2, A)  # nobody wants it
+    assert d.receive(AnswerRelockObject) == (None,)
+    d.relock(T2, B)  # never stored
+    assert d.receive(AnswerRelockObject) == (None,)
+    d.relock(T5, B)  # unknown
+    assert d.receive(AnswerRelockObject) == (None,)
+
+
+def test_relock_of_a_check(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    assert d.ask(AskCheckCurrentSerial, T3, A, T1) == (None,)
+    c.store(T2, A, b"c", T1)
+    assert d.receive(NotifyDeadlock) == (T3, A)
+    d.relock(T3, A)
+    accepted(c)
+    c.vote(T2, A)
+    h.m.lock(T2, T4)
+    h.m.unlock(T2)
+    assert d.receive(AnswerRelockObject) == ((T1, T4, None),)
+
+
+def test_no_notification_after_the_vote(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    d.store(T2, A, b"d")
+    d.vote(T2, A)
+    d.packets()
+    c.store(T1, A, b"c")
+    nothing(c, d)
+    h.m.lock(T2, T2)
+    h.m.unlock(T2)
+    conflict(c, T2)
+
+
+def test_check_then_store(h: Harness) -> None:
+    """Defect D6: accepted, if the base is right."""
+    c = h.client()
+    c.commit(T1, T1, {A: b"1"})
+    assert c.ask(AskCheckCurrentSerial, T2, A, ZERO_TID) == (T1,)
+    assert c.ask(AskCheckCurrentSerial, T2, A, T1) == (None,)
+    c.store(T2, A, b"2", T1)
+    accepted(c)
+    assert c.ask(AskCheckCurrentSerial, T2, A, T1) == (None,)
+    c.vote(T2, A)
+    h.m.lock(T2, T2)
+    h.m.unlock(T2)
+    c.packets()
+    assert c.load(A)[5] == b"2"
+
+
+def test_undo_store(h: Harness) -> None:
+    c = h.client()
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    found = c.ask(AskObjectUndoSerial, T3, T3, T2, (A,))
+    assert found == ({A: (T2, T1, True)},)
+    c.store(T3, A, b"1", T2, T1)
+    accepted(c)
+    assert c.ask(AskObjectUndoSerial, T3, T4, T1, (A,)) == ({A: (T1, None, True)},)
+    c.store(T3, A, b"x", T2)  # the base is what is stored now
+    conflict(c, T1)
+    c.store(T3, A, b"1", T1, T1)
+    accepted(c)
+    c.store(T3, A, b"1", T6, T1)
+    conflict(c, T1)
+    c.vote(T3, A)
+    h.m.lock(T3, T3)
+    h.m.unlock(T3)
+    c.packets()
+    assert c.load(A) == (A, T3, None, 0, sha1(b"1").digest(), b"1", T1)
+    c.store(T4, A, b"", T3, T6)
+    assert c.receive(Error)[0] == ErrorCode.UNDO_PACK_ERROR
+    c.store(T4, A, b"4", T3)
+    accepted(c)
+
+
+def test_deletion(h: Harness) -> None:
+    c = h.client()
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: None}, {A: T1})
+    assert c.load(A) == (A, T2, None, None, ZERO_HASH, b"", None)
+    h.advance(1)
+    assert c.load(A) == (A, T2, None, None, ZERO_HASH, b"", None)
+    assert c.ask(AskOIDsFrom, 0, 10, ZERO_TID, T1) == (None, (A,))
+    assert c.ask(AskOIDsFrom, 0, 10, ZERO_TID, T2) == (None, ())
+
+
+WRONG: list[tuple[Any, ...]] = [
+    (AskStoreObject, A, ZERO_TID, 0, ZERO_HASH, b"x", None, T2),
+    (AskStoreObject, A, ZERO_TID, 0, sha1(b"y").digest(), b"x", None, T2),
+    (AskStoreObject, b"\x80" + bytes(7), ZERO_TID, 0, ZERO_HASH, b"", None, T2),
+    (AskStoreObject, A, b"\x80" + bytes(7), 0, ZERO_HASH, b"", None, T2),
+    (AskStoreObject, A, ZERO_TID, 0, ZERO_HASH, b"", b"\xff" * 8, T2),
+    (AskStoreObject, A, ZERO_TID, 0, ZERO_HASH, b"", None, b"\xff" * 8),
+    (AskCheckCurrentSerial, T2, b"\xff" * 8, ZERO_TID),
+    (AskVoteTransaction, T2),
+    (AskVoteTransaction, T1),
+    (AskStoreTransaction, T1, b"", b"", b"", (), None),
+    (AskStoreTransaction, T2, b"", b"", b"", [A] * (1 << 21), None),
+    (AskStoreTransaction, T2, b"", b"", b"", (), ([A] * (1 << 21), T1)),
+    (AskStoreObject, B, ZERO_TID, 0, ZERO_HASH, b"", None, T1),
+    (AskObjectHistory, A, 1, 1),
+    (AskTIDs, 1, 1, 0),
+]
+
+
+@pytest.mark.parametrize("packet", WRONG, ids=range(len(WRONG)))
+def test_wrong_packets_of_clients(h: Harness, packet: tuple[Any, ...]) -> None:
+    c = h.client()
+    c.store(T1, A, b"a")
+    c.vote(T1, A)
+    c.packets()
+    c.send(*packet)
+    refused(c)
+    h.client().load(A)
+
+
+def test_transaction_of_another_client(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"a")
+    accepted(c)
+    d.abort(T1)  # ignored
+    d.store(T1, B, b"b")
+    refused(d)
+    c.vote(T1, A)
+    c.expect(AnswerStoreTransaction)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        (AskLockInformation, T2, T2, False),
+        (AskLockInformation, T3, T3, False),
+        (AskLockInformation, T1, number(1), False),
+        (AskLockInformation, T1, b"\xff" * 8, False),
+        (NotifyUnlockInformation, T2),
+        (NotifyUnlockInformation, T1),
+    ],
+)
+def test_wrong_packets_of_the_master(h: Harness, packet: tuple[Any, ...]) -> None:
+    c = h.client()
+    c.store(T1, A, b"a")
+    c.vote(T1, A)
+    c.store(T3, B, b"a")
+    h.m.send(*packet)
+    refused(h.m)
+
+
+def test_vote_without_metadata() -> None:
+    h = Harness()
+    h.operate((((2, UP),), ((1, UP),)))
+    c = h.client()
+    c.store(T1, ODD, b"a")
+    accepted(c)
+    assert c.ask(AskVoteTransaction, T1) == ()
+    assert h.backend.locked_transactions() == {T1: None}
+    h.m.lock(T1, T1)
+    h.m.expect(AnswerInformationLocked)
+    assert h.backend.locked_transactions() == {T1: None}
+    h.m.unlock(T1)
+    assert c.load(ODD)[1] == T1
+    assert c.ask(AskFinalTID, T1) == (T1,)
+    h.advance(1)
+    assert c.ask(AskFinalTID, T1)[0] == ErrorCode.NON_READABLE_CELL
+
+
+def test_check_only(h: Harness) -> None:
+    c = h.client()
+    assert c.ask(AskCheckCurrentSerial, T1, A, ZERO_TID) == (None,)
+    assert c.ask(AskVoteTransaction, T1) == ()
+    h.m.lock(T1, T1)
+    h.m.expect(AnswerInformationLocked)
+    h.m.unlock(T1)
+    c.store(T2, A, b"a")
+    accepted(c)
+
+
+def test_cell_not_here() -> None:
+    """Scenario 80."""
+    h = Harness()
+    h.operate((((1, UP),), ((2, UP),)))
+    c = h.client()
+    c.store(T1, ODD, b"a")
+    conflict(c, ZERO_TID)
+    c.vote(T1, ODD)
+    c.expect(AnswerStoreTransaction)
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    h.advance(1)
+    assert h.backend.load(ODD) is None
+    assert c.load(ODD)[0] == ErrorCode.NON_READABLE_CELL
+
+
+def test_blind_writes_of_an_outdated_cell() -> None:
+    h = Harness()
+    h.operate((((1, UP),), ((1, OUT), (2, UP))))
+    h.m.packets()
+    c, d = h.client(), h.client(2)
+    for peer, ttid in ((c, T1), (d, T2), (c, T1)):
+        peer.store(ttid, ODD, b"x", T6)
+        conflict(peer, ZERO_TID)
+    c.relock(T1, ODD)
+    assert c.receive(AnswerRelockObject) == (None,)
+    c.vote(T1, ODD)
+    c.expect(AnswerStoreTransaction)
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    h.advance(1)
+    assert h.backend.load(ODD) is not None
+    assert c.load(ODD)[0] == ErrorCode.NON_READABLE_CELL
+    assert c.ask(AskTIDsFrom, ZERO_TID, MAX_TID, 9, 1)[0] == ErrorCode.NON_READABLE_CELL
+
+
+@pytest.mark.parametrize("how", ["abort", "loss", "master", "discarded"])
+def test_end_frees_locks_and_waiters(h: Harness, how: str) -> None:
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    accepted(c)
+    d.store(T2, A, b"2")
+    waiting = c.store(T1, ODD, b"1"), d.store(T3, ODD, b"3")
+    c.packets()
+    if how == "abort":
+        c.abort(T1)
+    elif how == "loss":
+        c.lose()
+    elif how == "master":
+        h.m.abort(T1)
+    else:
+        h.change_table(2, (0, 1, CellState.DISCARDED))
+        assert d.receive(AnswerStoreObject) == (ZERO_TID,)
+        assert waiting
+        return
+    accepted(d)
+    accepted(d)
+
+
+def test_abort_answers_its_own_parked_stores(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    d.store(T2, A, b"2")
+    d.store(T2, B, b"2")
+    accepted(d)
+    d.abort(T2)
+    conflict(d, ZERO_TID)
+    c.store(T1, B, b"1")
+    accepted(c)
+    accepted(c)
+
+
+def test_abort_after_vote(h: Harness) -> None:
+    """Scenario 61."""
+    c = h.client()
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    c.abort(T1)
+    assert h.backend.locked_transactions() == {}
+    assert orphans(h) == (0, None)
+    c.packets()
+    c.store(T2, A, b"2")
+    accepted(c)
+    c.vote(T2, A)
+    h.m.lock(T2, T2)
+    c.abort(T2)  # too late
+    h.m.abort(T2)
+    h.m.unlock(T2)
+    assert not h.m.is_closed
+
+
+def test_loss_of_a_voted_client_changes_nothing(h: Harness) -> None:
+    """Scenario 74."""
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    d.store(T2, A, b"2")
+    c.lose()
+    nothing(d)
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    conflict(d, T1)
+
+
+def test_lease(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
+    h.advance(2)
+    d.store(T2, A, b"2")
+    for _ in range(40):
+        h.advance(2)
+        h.m.conn.last_received = h.time
+        if c.is_closed:
+            break
+    assert c.is_closed
+    accepted(d)
+
+
+def test_many_waiters_are_linear(h: Harness) -> None:
+    """Scenario 89: each waiter is looked at a bounded number of times."""
+    c = h.client()
+    c.store(number(100), A, b"0")
+    c.packets()
+    for n in range(300, 100, -2):
+        c.store(number(n), A, b"x")
+    decisions = 0
+    manager = h.node.operation.transactions  # type: ignore[union-attr]
+    decide = manager._decide
+
+    def counting(demand: Any) -> Any:
+        nonlocal decisions
+        decisions += 1
+        return decide(demand)
+
+    manager._decide = counting  # type: ignore[method-assign]
+    for n in range(100, 301, 2):
+        c.abort(number(n))
+    assert decisions <= 2 * 100
+
+
+def test_values_are_spilled(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "MEMORY_OF_TRANSACTION", 100)
+    c, d = h.client(), h.client(2)
+    c.store(T2, A, b"a" * 60)
+    accepted(c)
+    c.store(T2, B, b"b" * 60)
+    accepted(c)
+    assert h.node.operation is not None
+    manager = h.node.operation.transactions
+    assert manager.by_ttid[T2].memory == 0
+    c.store(T2, B, b"B" * 60)
+    accepted(c)
+    d.store(T1, A, b"d")
+    c.receive(NotifyDeadlock)
+    c.relock(T2, A)
+    accepted(d)
+    d.vote(T1, A)
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    data = (0, sha1(b"a" * 60).digest(), b"a" * 60)
+    assert c.receive(AnswerRelockObject) == ((ZERO_TID, T1, data),)
+    c.store(T2, A, b"resolved" * 20, T1)
+    accepted(c)
+    c.vote(T2, A, B)
+    h.m.lock(T2, T3)
+    h.m.unlock(T2)
+    c.packets()
+    assert c.load(A)[5] == b"resolved" * 20
+    assert c.load(B)[5] == b"B" * 60
+    c.store(T4, C, b"c" * 101)
+    accepted(c)
+    c.abort(T4)
+    h.advance(1)
+    assert orphans(h) == (0, None)
+
+
+def test_spill_that_ends_after_the_vote(
+    h: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "MEMORY_OF_TRANSACTION", 100)
+    c = h.client()
+    h.hold_jobs = True
+    c.store(T1, A, b"a" * 101)
+    nothing(c)
+    c.vote(T1, A)  # against the rules, and harmless
+    c.store(T2, B, b"b" * 101)
+    c.abort(T2)
+    h.hold_jobs = False
+    h.turn()
+    h.m.lock(T1, T1)
+    h.m.unlock(T1)
+    h.advance(1)
+    assert c.packets()
+    assert c.load(A)[5] == b"a" * 101
+    assert orphans(h) == (0, None)
+
+
+# --- reads ---------------------------------------------------------------------
+
+
+def test_reads_during_a_commit(h: Harness) -> None:
+    """Scenario 101, and 12.3: older revisions are answered at once."""
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    c.store(T2, A, b"2", T1)
+    c.vote(T2, A)
+    c.packets()
+    assert c.load(A)[1:3] == (T1, None)  # voted: not visible
+    h.m.lock(T2, T4)
+    assert d.load(A, None, T4)[1:3] == (T1, T4)
+    assert d.load(A, T1, None)[1:3] == (T1, T4)
+    assert d.load(A, None, T1)[0] == ErrorCode.OID_NOT_FOUND
+    waiting = [
+        d.send(AskObject, A, None, None),
+        d.send(AskObject, A, None, T5),
+        d.send(AskObject, A, T4, None),
+        d.send(AskObjectHistory, A, 0, 9),
+        d.send(AskTIDsFrom, ZERO_TID, T4, 9, 0),
+        d.send(AskOIDsFrom, 0, 9, ZERO_TID, T4),
+        d.send(AskTransactionInformation, T4),
+        d.send(AskTIDs, 0, 9, INVALID_PARTITION),
+        d.send(AskObjectUndoSerial, T5, T5, T1, (A,)),
+    ]
+    nothing(d)
+    assert d.ask(AskTIDsFrom, ZERO_TID, T3, 9, 0) == ((T1,),)
+    h.m.unlock(T2)
+    answers = {msg_id: (packet, args) for packet, msg_id, args in d.packets()}
+    found = [answers[msg_id] for msg_id in waiting]
+    assert [args[1] for _, args in found[:3]] == [T4, T4, T4]
+    assert found[3][1] == (A, ((T4, 1), (T1, 1)))
+    assert found[4] == (AnswerTIDsFrom, ((T1, T4),))
+    assert found[5][1] == (None, (A,))
+    assert found[6][0] is AnswerTransactionInformation
+    assert found[7][1] == ((T4, T1),)
+    assert found[8][1] == ({A: (T4, None, False)},)
+
+
+def test_read_of_an_object_being_created(h: Harness) -> None:
+    c = h.client()
+    assert c.load(A)[0] == ErrorCode.OID_DOES_NOT_EXIST
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    h.m.lock(T1, T3)
+    c.packets()
+    code, text = c.load(A, None, T3)
+    assert code == ErrorCode.OID_NOT_FOUND
+    assert text == A.hex().encode()
+
+
+def test_chain_of_commits_before_any_is_applied(h: Harness) -> None:
+    c = h.client()
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    c.store(T3, A, b"3", T2)
+    c.vote(T3, A)
+    h.m.lock(T3, T3)
+    c.packets()
+    assert c.load(A, None, T3)[1:3] == (T2, T3)
+    assert c.load(A, None, T2)[1:3] == (T1, T2)
+    assert c.load(A, T2, None)[1:3] == (T2, T3)
+    assert c.load(A, None, T1)[0] == ErrorCode.OID_NOT_FOUND
+
+
+def test_lost_reader_is_forgotten(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    h.m.lock(T1, T1)
+    d.send(AskObject, A, None, None)
+    d.lose()
+    h.m.unlock(T1)
+    c.packets()
+    assert c.load(A)[1] == T1
+
+
+def test_too_many_waiting_reads(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "READS_MAX", 2)
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    h.m.lock(T1, T1)
+    for _ in range(3):
+        d.send(AskObject, A, None, None)
+    assert d.receive(Error)[0] == ErrorCode.NOT_READY
+    assert d.is_closed
+    h.m.unlock(T1)
+    assert not h.m.is_closed
+
+
+def test_too_many_waiting_stores(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "LIMIT", 3000)
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    for _ in range(5):
+        d.store(T2, A, b"2")
+    assert d.receive(Error)[0] == ErrorCode.NOT_READY
+    assert d.is_closed
+
+
+def test_long_lists_come_in_slices(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neo.storage import client
+
+    monkeypatch.setattr(client, "SLICE", 2)
+    c = h.client()
+    for n in range(10, 30, 2):
+        c.commit(number(n), number(n), {number(n): b"x"})
+    tids = tuple(number(n) for n in range(10, 30, 2))
+    assert c.ask(AskTIDsFrom, ZERO_TID, MAX_TID, 100, 0) == (tids,)
+    assert c.ask(AskTIDsFrom, ZERO_TID, MAX_TID, 5, 0) == (tids[:5],)
+    assert c.ask(AskTIDsFrom, number(12), number(16), 5, 0) == (tids[1:4],)
+    assert c.ask(AskOIDsFrom, 0, 100, ZERO_TID, MAX_TID) == (None, tids)
+    following, oids = c.ask(AskOIDsFrom, 0, 5, ZERO_TID, MAX_TID)
+    assert (following, oids) == (number(20), tids[:5])
+
+
+def test_reads_of_what_is_not_here(h: Harness) -> None:
+    c = h.client()
+    assert c.load(b"\xff" * 8)[0] == ErrorCode.OID_DOES_NOT_EXIST
+    assert c.ask(AskTransactionInformation, T1)[0] == ErrorCode.TID_NOT_FOUND
+    assert c.ask(AskObjectHistory, A, 0, 1)[0] == ErrorCode.OID_NOT_FOUND
+    for partition in (2, 100):
+        found = c.ask(AskTIDs, 0, 1, partition)
+        assert found[0] == ErrorCode.NON_READABLE_CELL
+    assert c.ask(AskFinalTID, T1) == (None,)
+    assert c.ask(AskObjectUndoSerial, T2, T2, T1, ()) == ({},)
+
+
+def test_crash_after_lock_is_found_again(h: Harness) -> None:
+    c = h.client()
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    h.m.lock(T1, T2)
+    again = Harness(MemoryBackend(image=h.backend.image()))
+    assert again.backend.locked_transactions() == {T1: T2}
+
+
+def test_answer_object_bytes(h: Harness) -> None:
+    """No data: nil, zeros, empty (storage-format 9.1)."""
+    c = h.client()
+    c.commit(T1, T1, {A: None})
+    h.advance(1)
+    c.load(B)
+    c.send(AskObject, A, None, None)
+    assert c.receive(AnswerObject) == (A, T1, None, None, ZERO_HASH, b"", None)
