@@ -285,7 +285,9 @@ class EpollRuntime:
         completed = self._completed
         for _ in range(len(completed)):
             completed.popleft()()
-        while timers and timers[0][0] <= self._monotonic:
+        # Those started from now on belong to the next turn, even if they are due.
+        started = next(self._order)
+        while timers and timers[0][0] <= self._monotonic and timers[0][1] < started:
             callback = heapq.heappop(timers)[2].callback
             if callback is not None:
                 callback()
