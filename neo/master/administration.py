@@ -101,16 +101,9 @@ class Administration(Identified):
             raise denied("can not kill primary master node")
         if node.connection is None:
             return False
-        self._dismiss(node, NodeState.DOWN)
+        self.master.dismiss(node, NodeState.DOWN)
         self.master.tell_nodes([node])
         return True
-
-    def _dismiss(self, node: Node, state: NodeState) -> None:
-        """Make a node exit."""
-        if node.connection is not None:
-            self.master.tell_itself(node, state)
-            self.master.disconnect(node, "stopped by an administrator")
-        node.state = state
 
     def _kill_storage(self, node: Node) -> bool:
         master = self.master
@@ -122,7 +115,7 @@ class Administration(Identified):
             raise denied("The cluster is stopping")
         if phase.state is ClusterState.RECOVERING:
             # Nobody serves: nothing can be lost.
-            self._dismiss(node, NodeState.DOWN)
+            self.master.dismiss(node, NodeState.DOWN)
             master.primary.storage_lost(node)
             return True
         pt = master.pt
@@ -132,7 +125,7 @@ class Administration(Identified):
         ):
             raise denied(f"{nid_str(node.nid)} has the only readable copies")
         member = master.is_member(node.nid)
-        self._dismiss(node, NodeState.DOWN)
+        self.master.dismiss(node, NodeState.DOWN)
         if isinstance(phase, Running):
             # The table first: nobody may think that the cells are still served.
             master.outdate()
@@ -169,7 +162,7 @@ class Administration(Identified):
         master.tell_replicated()
         master.change_table(cells)
         master.members.pop(node.nid, None)
-        self._dismiss(node, NodeState.UNKNOWN)
+        self.master.dismiss(node, NodeState.UNKNOWN)
         master.forget(node)
 
     def add_pending_nodes(self, conn: Connection, nids: Sequence[Nid]) -> None:

@@ -16,6 +16,7 @@ from neo.lib.connection import Connection, encode_tail
 from neo.lib.handler import Handler
 from neo.lib.node import Node, NodeManager, as_row, format_nodes, nid_str
 from neo.lib.protocol import (
+    BY_CODE,
     READABLE,
     CellState,
     NodeRow,
@@ -24,6 +25,7 @@ from neo.lib.protocol import (
     NotifyClusterInformation,
     NotifyNodeInformation,
     NotifyPartitionChanges,
+    Packet,
     SendPartitionTable,
     StopOperation,
     Truncate,
@@ -50,6 +52,9 @@ TOLD: dict[NodeType, tuple[NodeType, ...]] = {
 
 DEFAULT_LIMITS = Limits()
 
+# How long a node may take to exit when told so (seconds).
+DISMISSAL = 5.0
+
 # Least difference of two timestamps (seconds).
 TIMESTAMP_STEP = 0.001
 
@@ -71,6 +76,31 @@ class MasterOptions:
     future_tids: bool = False  # accept imposed tids of any date
 
 
+class Dismissed(Handler):
+    """A node that was told to exit: whatever it still says doesn't matter.
+
+    Closing at once could make it lose that order, if it sends something meanwhile.
+    """
+
+    def __init__(self, master: Master) -> None:
+        super().__init__()
+        self.master = master
+        self.left: dict[Connection, None] = {}
+        self.table = {
+            code: (packet, lambda conn, *args: None) for code, packet in BY_CODE.items()
+        }
+
+    def error(
+        self, conn: Connection, packet: Packet[...] | None, code: int, text: str
+    ) -> None:
+        """Nor does this."""
+
+    def closed(self, conn: Connection) -> None:
+        self.left.pop(conn, None)
+        if not self.left and not self.master.stopped:
+            self.master.primary.dismissed_left()
+
+
 class Master:
     """A master node."""
 
@@ -89,8 +119,14 @@ class Master:
         self.stopped = False
         # When the primary role was taken, as compared in elections.
         self.election_time = 0.0
-        # May the cluster start without all nodes that it had?
+        # May the cluster start without all nodes that it had? `forced`: the word of an
+        # administrator. Else it is because nobody else can have run the cluster since
+        # we lost operation; but then storages that missed a commit are not enough:
+        # they need at least this version of the table.
         self.startup_allowed = False
+        self.startup_forced = False
+        self.committed_ptid = 0
+        self.known_ptid = 0  # the greatest of all: if there is one, a database exists
         # Tid after which a pending truncation removes all.
         self.truncate_tid: bytes | None = None
         # Storages that belong to the cluster: they have cells, or were added.
@@ -104,6 +140,7 @@ class Master:
         self.identification = Identification(self)
         self.admin_handler: Handler = Administration(self)
         self.master_handler: Handler = Identified(self)
+        self.dismissed = Dismissed(self)
 
     # --- life -------------------------------------------------------------------------
 
@@ -128,7 +165,8 @@ class Master:
     def play_primary(self) -> None:
         """Take the primary role, until an election says otherwise."""
         self.election_time = self.timestamp()
-        self.startup_allowed = False
+        self.startup_allowed = self.startup_forced = False
+        self.committed_ptid = self.known_ptid = 0
         self.truncate_tid = None
         self._enter(Recovering(self))
 
@@ -241,6 +279,17 @@ class Master:
             NotifyNodeInformation, self.timestamp(), [(kind, address, nid, state, None)]
         )
 
+    def dismiss(self, node: Node, state: NodeState) -> None:
+        """Make a node exit; nothing else is told about it."""
+        node.state = state
+        if node.connection is None:
+            return
+        self.tell_itself(node, state)
+        conn, node.connection = node.connection, None
+        conn.handler = self.dismissed
+        self.dismissed.left[conn] = None
+        self.runtime.call_later(DISMISSAL, conn.close)
+
     def tell_state(self) -> None:
         """Say to all which phase begins."""
         state = self.primary.state
@@ -347,6 +396,7 @@ class Master:
         ptid = pt.ptid + 1
         complete = self._complete()
         pt.update(ptid, replicas, cells)
+        self.known_ptid = ptid
         for partition, nid, state in cells:
             # What is replicated for a former assignment doesn't count any more.
             self.updatable.pop((partition, nid), None)
@@ -419,7 +469,10 @@ class Master:
             "the cluster is not operational any more: %s",
             f"truncation to {truncate.hex()}" if truncate else "storages are missing",
         )
-        self.startup_allowed = truncate is None and self.truncate_tid is None
+        # Pending until all have done it, whatever happens meanwhile.
+        self.truncate_tid = truncate or self.truncate_tid
+        self.startup_allowed = self.truncate_tid is None
+        self.startup_forced = False
         changed = []
         for node in self.nodes.identified(NodeType.STORAGE):
             node.connection.notify(StopOperation)

@@ -203,6 +203,9 @@ class PrimaryPhase(Phase):
     def master_lost(self, node: Node) -> None:
         """A secondary left."""
 
+    def dismissed_left(self) -> None:
+        """The last of the nodes that were told to exit has done so."""
+
     # --- transactions ---
 
     def lock_awaited(self) -> None:

@@ -68,7 +68,6 @@ class Recovering(PrimaryPhase):
     def enter(self) -> None:
         master = self.master
         master.clear_table()
-        master.truncate_tid = None
         self.take_storages()
         master.tell_state()
         master.send_table(NodeType.ADMIN)
@@ -145,6 +144,8 @@ class Recovering(PrimaryPhase):
                 self._ask_table(node)
             elif self.source is not node:
                 self.spares.append(node)
+        elif self.loaded:
+            self._note_truncation(answer)
         self.advance()
 
     def _ask_table(self, node: Node) -> None:
@@ -174,7 +175,10 @@ class Recovering(PrimaryPhase):
         master.pt.load(ptid, replicas, rows)
         self.loaded = True
         answer = self.answers[node]
-        self.backup_tid, master.truncate_tid = answer.backup_tid, answer.truncate_tid
+        self.backup_tid = answer.backup_tid
+        master.known_ptid = max(master.known_ptid, ptid)
+        for other in self.answers.values():
+            self._note_truncation(other)
         master.members = dict.fromkeys(master.pt.nids())
         new = [
             master.nodes.add(NodeType.STORAGE, nid)
@@ -190,6 +194,13 @@ class Recovering(PrimaryPhase):
             len(rows),
             replicas,
         )
+
+    def _note_truncation(self, answer: Answer) -> None:
+        """A truncation is pending as long as one up-to-date node has to do it."""
+        tid = answer.truncate_tid
+        if tid is not None and answer.ptid == self.best:
+            master = self.master
+            master.truncate_tid = min(tid, master.truncate_tid or tid)
 
     def storage_lost(self, node: Node) -> None:
         self.master.storage_down(node)
@@ -216,7 +227,7 @@ class Recovering(PrimaryPhase):
                     f"Cannot exit recovery now: node {nid_str(node.nid)}"
                     " is entering cluster"
                 )
-        self.master.startup_allowed = True
+        self.master.startup_allowed = self.master.startup_forced = True
 
     def advance(self) -> None:
         """Leave if nothing is awaited any more."""
@@ -253,8 +264,10 @@ class Recovering(PrimaryPhase):
             return f"a storage with partition table {self.best}"
         storages = master.nodes.identified(NodeType.STORAGE)
         autostart = master.options.autostart
+        if master.known_ptid:
+            return f"a storage with a partition table: {master.known_ptid} was the last"
         if storages and (
-            master.startup_allowed or (autostart and len(storages) >= autostart)
+            master.startup_forced or (autostart and len(storages) >= autostart)
         ):
             return storages
         if autostart:
@@ -281,7 +294,9 @@ class Recovering(PrimaryPhase):
                     f", for partition {partition}"
                 )
         readable = pt.readable_nids()
-        if master.startup_allowed:
+        if master.startup_forced or (
+            master.startup_allowed and (pt.ptid or 0) >= master.committed_ptid
+        ):
             return [pending[nid] for nid in readable if nid in pending]
         wanted = pt.nids() if master.truncate_tid is not None else readable
         missing = [nid for nid in wanted if nid not in pending]
@@ -361,6 +376,7 @@ class Recovering(PrimaryPhase):
         rows, resilient = policy.create(options.partitions, options.replicas, paths)
         if not resilient:
             master.log.warning("topology is too uneven: replicas may share a device")
+        master.known_ptid = 1
         master.pt.load(1, options.replicas, [list(row.items()) for row in rows])
         master.members = dict.fromkeys(master.pt.nids())
         master.send_table(NodeType.ADMIN)

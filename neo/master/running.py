@@ -177,6 +177,7 @@ class Stopping(PrimaryPhase):
         # What the operation left undone goes on.
         self.running = previous if isinstance(previous, Running) else None
         self.storage = self.running.storage if self.running else Storage(master)
+        self.ending = False  # the storages were told to exit
 
     def enter(self) -> None:
         self.take_storages()
@@ -195,11 +196,17 @@ class Stopping(PrimaryPhase):
 
     def transactions_ended(self) -> None:
         master = self.master
-        if master.stopped or master.transactions.in_progress:
+        if self.ending or master.stopped or master.transactions.in_progress:
             return
+        self.ending = True
+        master.runtime.unlisten()
         for node in master.nodes.identified(NodeType.STORAGE):
-            master.tell_itself(node, NodeState.DOWN)
-        master.end("the cluster stops")
+            master.dismiss(node, NodeState.DOWN)
+        self.dismissed_left()
+
+    def dismissed_left(self) -> None:
+        if self.ending and not self.master.dismissed.left:
+            self.master.end("the cluster stops")
 
     def client_handler(self, read_only: bool) -> Handler:
         """Clients may come back to ask what became of their transactions."""

@@ -72,6 +72,7 @@ class Transaction:
         "oids",
         "pack",
         "partitions",
+        "ptid",
         "reply",
         "since",
         "tid",
@@ -99,6 +100,9 @@ class Transaction:
         self.waiting: dict[int, None] = {}  # nids that have not locked yet
         self.pack: Pack | None = None
         self.approved = False  # the pack order
+        # Storages whose cells are readable in this version of the table, or a later
+        # one, have the transaction.
+        self.ptid = 0
         self.since = 0.0  # monotonic time of the finish
 
     def __repr__(self) -> str:
@@ -164,6 +168,8 @@ class Transactions:
             for transaction in self.queue:
                 if nid in transaction.waiting:
                     del transaction.waiting[nid]
+                    # The node may not have it: it is late from this table on.
+                    transaction.ptid = self.master.pt.ptid or 0
             self._unlock()
         self._retry_begins()
         self._retry_votes()
@@ -435,6 +441,7 @@ class Transactions:
         tid = self._enqueue(transaction)
         if greatest > u64(self.last_oid):
             self.last_oid = p64(greatest)
+        transaction.ptid = master.pt.ptid or 0
         transaction.reply = reply
         transaction.oids = oids
         transaction.partitions = list(modified)
@@ -508,6 +515,7 @@ class Transactions:
         if self.last_tid == ZERO_TID:
             self.first_tid = tid
         self.last_tid = tid
+        self.master.committed_ptid = max(self.master.committed_ptid, transaction.ptid)
         if transaction.pack is not None:
             self.master.packs.committed(tid, transaction.pack, transaction.approved)
         for conn in transaction.watchers:

@@ -214,10 +214,14 @@ class Verifying(PrimaryPhase):
     def storage_lost(self, node: Node) -> None:
         master = self.master
         master.storage_down(node)
-        master.outdate(node.nid)
         self.asked.pop(node, None)
+        if master.truncate_tid is not None:
+            # It must do it too, so its cells are not to be outdated.
+            master.leave_operation()
+            return
+        master.outdate(node.nid)
         master.packs.storage_lost(node)
-        if not master.operational() or master.truncate_tid is not None:
+        if not master.operational():
             master.leave_operation()
         else:
             self._advance()
