@@ -351,9 +351,6 @@ class Recovering(PrimaryPhase):
                 node.state = NodeState.DOWN
         master.tell_nodes(changed)
         if self.loaded:
-            for node in nodes.of_type(NodeType.STORAGE):
-                if node.connection is None and not master.is_member(node.nid):
-                    master.forget(node)  # it came, and left, during the recovery
             running = {
                 nid: None
                 for nid, node in nodes.running().items()
@@ -363,6 +360,9 @@ class Recovering(PrimaryPhase):
             master.change_table(cells, kinds=(NodeType.ADMIN,))
         else:
             self._create(needed)
+        for node in nodes.of_type(NodeType.STORAGE):
+            if node.connection is None and not master.is_member(node.nid):
+                master.forget(node)  # it came, and left, during the recovery
         master.become(Verifying(master))
 
     def _create(self, storages: list[Node]) -> None:

@@ -197,6 +197,7 @@ def test_the_last_lock_comes_by_the_loss_of_a_storage() -> None:
     world.sim.crash("S2")
     world.until(lambda: outcome.over)
     assert outcome.answer is not None
+    world.settle()
     assert len(world.disks["S1"].committed) == 1
 
 
@@ -265,7 +266,6 @@ def test_arbitration_first_aborts() -> None:
 def test_arbitration_finish_refused() -> None:
     """Scenario 53."""
     world, one, first, _, _, _ = arbitration()
-    world.storage("S3").runtime.process.factory  # noqa: B018
     world.sim.crash("S3")
     world.until(lambda: "O" in world.table)
     outcome = finish(world, one, first, 0)
