@@ -217,7 +217,7 @@ class Administration(Identified):
         master.tell_replicated()
         cells, resilient = policy.tweak(pt.rows, pt.replicas, paths)
         if not resilient:
-            master.log.warning("topology is too uneven: replicas may share a device")
+            master.log.warning("hosts and disks are too few or too uneven: replicas may share one")
         if dry_run:
             rows = _after(pt.rows, cells)
         else:

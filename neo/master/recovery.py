@@ -375,7 +375,7 @@ class Recovering(PrimaryPhase):
         options = master.options
         rows, resilient = policy.create(options.partitions, options.replicas, paths)
         if not resilient:
-            master.log.warning("topology is too uneven: replicas may share a device")
+            master.log.warning("hosts and disks are too few or too uneven: replicas may share one")
         master.known_ptid = 1
         master.pt.load(1, options.replicas, [list(row.items()) for row in rows])
         master.members = dict.fromkeys(master.pt.nids())
