@@ -327,11 +327,14 @@ class Connection:
     def resume(self) -> None:
         """Dispatch what was kept, and go on."""
         kept, self._paused = self._paused, None
-        while kept and not self.closed:
-            if self._paused is not None:
-                self._paused.extend(kept)
-                return
-            self._dispatch(*kept.popleft())
+        try:
+            while kept and not self.closed:
+                if self._paused is not None:
+                    self._paused.extend(kept)
+                    return
+                self._dispatch(*kept.popleft())
+        except Malformed as error:
+            self._malformed(error)
 
     def receive(self, data: bytes) -> None:
         """Handle bytes of the peer."""
@@ -347,15 +350,18 @@ class Connection:
                 else:
                     self._dispatch(msg_id, code, args)
         except Malformed as error:
-            if not self.closed:
-                self.log.throttled(
-                    ("malformed", self.address[0]),
-                    30,
-                    "%s: closed, invalid data: %s",
-                    self,
-                    error,
-                )
-                self.close(f"invalid data: {error}")
+            self._malformed(error)
+
+    def _malformed(self, error: Malformed) -> None:
+        if not self.closed:
+            self.log.throttled(
+                ("malformed", self.address[0]),
+                30,
+                "%s: closed, invalid data: %s",
+                self,
+                error,
+            )
+            self.close(f"invalid data: {error}")
 
     def _greeting(self, data: bytes) -> bytes:
         """Check the first bytes of the stream; return what follows them."""

@@ -24,6 +24,7 @@ from neo.lib.protocol import (
     CellState,
     ClusterState,
     NodeRow,
+    NotifyPackCompleted,
     Rows,
 )
 
@@ -92,6 +93,9 @@ class MasterHandler(Handler):
         node.last_pack = max([node.last_pack, *approved])
         if not node.options.disable_pack:
             self.writer.submit(lambda: self.backend.sign_packs(approved, rejected))
+        elif approved:
+            # Others needn't wait for what this node will never do (12.6).
+            conn.notify(NotifyPackCompleted, node.last_pack)
 
     def ask_final_tid(self, conn: Connection, ttid: Tid) -> None:
         reply = conn.defer()
