@@ -42,6 +42,7 @@ class Attempt:
     phase: str = "begin"
     error: str = ""
     total: int | None = None
+    resolved: tuple[bytes, ...] = ()  # of `written`: put on top of a later version
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,12 @@ def _check_bases(history: list[Attempt], versions: Versions, wrong: list[str]) -
         for oid in (*attempt.written, *attempt.checked):
             known = [t for t, _ in versions.get(oid, ()) if t < tid]
             base = known[-1] if known else b""
-            if base != attempt.reads.get(oid, b""):
+            read = attempt.reads.get(oid, b"")
+            if base < read if oid in attempt.resolved else base != read:
                 what = "wrote" if oid in attempt.written else "checked"
                 wrong.append(
-                    f"P5: {attempt.token} {what} {oid.hex()} on"
-                    f" {attempt.reads.get(oid, b'').hex()}, not on {base.hex()}"
+                    f"P5: {attempt.token} {what} {oid.hex()} on {read.hex()},"
+                    f" not on {base.hex()}"
                 )
 
 

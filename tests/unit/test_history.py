@@ -184,6 +184,18 @@ def test_damage(damage: Callable[[World], None], promise: str) -> None:
         raise AssertionError(found)
 
 
+def test_resolved_conflict() -> None:
+    """What was put on top of a version that the attempt did not read."""
+    world = World()
+    world.t2.at = world.t2.reads[A] = world.t2.reads[B] = tid(1)
+    world.t2.start = 3
+    world.t2.checked = ()
+    world.t2.resolved = (A,)
+    assert world.check() == []
+    world.t2.reads[A] = tid(3)
+    assert any("P5" in line for line in world.check())
+
+
 def test_unknown_outcome_may_be_present_or_not() -> None:
     world = World()
     world.t2.outcome, world.t2.tid = UNKNOWN, None

@@ -1,0 +1,219 @@
+"""Applications of simulated clients: tokens and transfers between a few objects.
+
+Each attempt appends its own token to what it writes, so the final content tells which
+attempts are there, where, and in which order (`tests/history.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transaction.interfaces import TransientError
+from ZODB.Connection import TransactionMetaData
+from ZODB.POSException import ConflictError, POSKeyError
+from ZODB.utils import p64, u64
+
+from neo.client.exception import NEOStorageUnknownOutcome
+from neo.client.Storage import Storage
+from tests.history import (
+    CONFLICT,
+    FAIL,
+    OBJECTS,
+    OK,
+    READ,
+    UNKNOWN,
+    Attempt,
+    Value,
+    check,
+    decode,
+)
+
+from .runtime import Simulation
+
+ALL = [p64(i) for i in range(OBJECTS)]
+RESOLVABLE = "r"  # end of tokens
+THINK = 0.02  # seconds, mean pause between two attempts
+
+
+class TokenStorage(Storage):
+    """A storage whose objects resolve conflicts, if the last token wants it."""
+
+    def tryToResolveConflict(  # noqa: N802 - ZODB's name
+        self,
+        oid: bytes,
+        committed: bytes,
+        base: bytes,
+        data: bytes,
+        committed_data: bytes = b"",
+    ) -> bytes:
+        """Append to the committed version instead."""
+        mine = decode(data)
+        token = mine.tokens[-1]
+        if not token.endswith(RESOLVABLE):
+            raise ConflictError(oid=oid, serials=(committed, base), data=data)
+        old = decode(self.loadSerial(oid, base))
+        theirs = decode(committed_data or self.loadSerial(oid, committed))
+        return theirs.append(token, mine.balance - old.balance).encode()
+
+
+class Tokens:
+    """The workload and what is known of its attempts."""
+
+    def __init__(self, sim: Simulation, think: float = THINK) -> None:
+        self.sim = sim
+        self.rng = sim.rng("workload")
+        self.think = think
+        self.attempts: list[Attempt] = []
+        self.running = 0  # threads that have not ended
+        self.stopping = False
+        self._number = 0
+
+    # --- threads ----------------------------------------------------------------------
+
+    def create(self, storage: Storage) -> None:
+        """Make the objects: the first attempt."""
+        attempt = self._attempt("init")
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        for oid in ALL:
+            storage.store(oid, bytes(8), Value(("init",)).encode(), "", txn)
+        storage.tpc_vote(txn)
+        attempt.tid = storage.tpc_finish(txn)
+        attempt.written = tuple(ALL)
+        attempt.outcome = OK
+        attempt.end = self.sim.time
+
+    def start(self, name: str, storage: Storage, steps: int = 1_000_000) -> None:
+        """Run one more thread in a client."""
+        self._number += 1
+        self.sim.spawn(name, self._work, name, storage, self._number, steps)
+
+    def _work(self, name: str, storage: Storage, number: int, steps: int) -> None:
+        process = self.sim.processes[name]
+        self.running += 1
+        try:
+            for step in range(steps):
+                if self.stopping:
+                    break
+                process.sleep(self.rng.expovariate(1 / self.think))
+                token = f"{name}.{process.incarnation}:{number}:{step}"
+                if self.rng.random() < 0.5:
+                    token += RESOLVABLE
+                self.step(
+                    storage,
+                    token,
+                    everything=step % 10 == 9,
+                )
+        finally:
+            self.running -= 1
+
+    def _attempt(self, token: str) -> Attempt:
+        attempt = Attempt(token, self.sim.time)
+        self.attempts.append(attempt)
+        return attempt
+
+    # --- one attempt ------------------------------------------------------------------
+
+    def step(self, storage: Storage, token: str, everything: bool = False) -> Attempt:
+        """Read everything, or commit something."""
+        attempt = self._attempt(token)
+        try:
+            storage.sync()
+            attempt.at = storage.lastTransaction()
+            if everything:
+                values = [self._read(storage, attempt, oid) for oid in ALL]
+                attempt.total = sum(value.balance for value in values)
+                attempt.outcome = READ
+            else:
+                self._commit(storage, attempt)
+        except (ConflictError, TransientError, NEOStorageUnknownOutcome) as error:
+            attempt.error = type(error).__name__
+            if isinstance(error, NEOStorageUnknownOutcome):
+                attempt.outcome = UNKNOWN
+            elif isinstance(error, ConflictError):
+                attempt.outcome = CONFLICT
+            else:
+                attempt.outcome = FAIL
+        attempt.end = self.sim.time
+        return attempt
+
+    def _read(self, storage: Storage, attempt: Attempt, oid: bytes) -> Value:
+        found = storage.loadBefore(oid, p64(u64(attempt.at) + 1))
+        assert found is not None, (oid, attempt)
+        data, serial, end = found
+        assert serial <= attempt.at, attempt
+        assert end is None or end > attempt.at, attempt
+        attempt.reads[oid] = serial
+        return decode(data)
+
+    def _commit(self, storage: Storage, attempt: Attempt) -> None:
+        rng = self.rng
+        kind = rng.random()
+        token = attempt.token
+        checked = None
+        if kind < 0.5:
+            oids = rng.sample(ALL, rng.randint(1, 3))
+            amounts = [0] * len(oids)
+        elif kind < 0.85:
+            oids = rng.sample(ALL, 2)
+            amount = rng.randint(1, 100)
+            amounts = [-amount, amount]
+        else:
+            *oids, checked = rng.sample(ALL, 2)
+            amounts = [0]
+        values = {
+            oid: self._read(storage, attempt, oid).append(token, amount)
+            for oid, amount in zip(oids, amounts, strict=True)
+        }
+        if checked is not None:
+            self._read(storage, attempt, checked)
+        txn = TransactionMetaData("user", token)
+        attempt.begin = self.sim.time
+        storage.tpc_begin(txn)
+        try:
+            attempt.phase = "store"
+            for oid, value in values.items():
+                storage.store(oid, attempt.reads[oid], value.encode(), "", txn)
+            if checked is not None:
+                attempt.checked = (checked,)
+                storage.checkCurrentSerialInTransaction(
+                    checked, attempt.reads[checked], txn
+                )
+            attempt.written = tuple(oids)
+            attempt.phase = "vote"
+            attempt.resolved = tuple(storage.tpc_vote(txn))
+            attempt.phase = "finish"
+            attempt.tid = storage.tpc_finish(txn)
+            attempt.outcome = OK
+        finally:
+            storage.tpc_abort(txn)
+
+    # --- the end ----------------------------------------------------------------------
+
+    @property
+    def committed(self) -> int:
+        """How many attempts were acknowledged."""
+        return sum(attempt.outcome == OK for attempt in self.attempts)
+
+    def check(
+        self, storage: Storage, replicas: Any = None, metadata: Any = None
+    ) -> None:
+        """Compare with what the cluster holds: run it in an application thread."""
+        storage.sync()
+        versions = {}
+        for oid in ALL:
+            revisions = []
+            tid = p64(u64(storage.lastTransaction()) + 1)
+            while True:
+                try:
+                    found = storage.loadBefore(oid, tid)
+                except POSKeyError:
+                    found = None
+                if found is None:
+                    break
+                data, tid, _ = found
+                revisions.append((tid, decode(data)))
+            versions[oid] = revisions[::-1]
+        wrong = check(self.attempts, versions, replicas, metadata)
+        if wrong:
+            raise self.sim.failure("\n".join(wrong))
