@@ -28,7 +28,7 @@ extras["all"] = sorted(
 extras["test"] = [
     *extras["all"],
     "ZEO >= 6",
-    "Zope",
+    "Zope[wsgi]",
     "coverage",
     "greenlet",
     "hypothesis",

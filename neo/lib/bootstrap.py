@@ -30,6 +30,8 @@ Identity = tuple[
 ]
 
 IDENTIFICATION_TIMEOUT = 2.0
+# Nodes start in any order: nobody there is worth a warning after this long only.
+PATIENCE = 5.0
 
 
 class Bootstrap(Handler):
@@ -61,11 +63,13 @@ class Bootstrap(Handler):
         self.failure = ""
         self._next: Address | None = None
         self._tried: list[Address] = []
+        self._since = 0.0
 
     def start(self) -> None:
         """Search, beginning with the first known master."""
         assert not self.searching
         self.searching = True
+        self._since = self.runtime.monotonic()
         self._tried.clear()
         self._try_next()
 
@@ -108,13 +112,15 @@ class Bootstrap(Handler):
         if self.searching:
             if self._next is None:
                 self.failure = self.failure or conn.reason
-                self.runtime.log.throttled(
-                    ("bootstrap", conn.address, conn.reason),
-                    30,
-                    "cannot join the cluster through master %s: %s",
-                    format_address(conn.address),
-                    conn.reason,
-                )
+                waited = self.runtime.monotonic() - self._since
+                if conn.is_established or waited >= PATIENCE:
+                    self.runtime.log.throttled(
+                        ("bootstrap", conn.address, conn.reason),
+                        30,
+                        "cannot join the cluster through master %s: %s",
+                        format_address(conn.address),
+                        conn.reason,
+                    )
             self._try_next()
 
     def not_primary_master(

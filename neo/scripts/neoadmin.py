@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from neo.lib.config import Settings
@@ -44,3 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         check_more=check,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from neo.lib.config import Settings
@@ -56,3 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         check_more=check,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

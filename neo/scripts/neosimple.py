@@ -63,6 +63,15 @@ def free_port(host: str, preferred: int) -> int:
     raise ConfigurationError(f"no free port on {host}")
 
 
+def listening(address: Address) -> bool:
+    """Whether somebody accepts connections there."""
+    try:
+        socket.create_connection(address, 1).close()
+    except OSError:
+        return False
+    return True
+
+
 def load_shape(directory: str, args: argparse.Namespace) -> Shape:
     """The shape of an existing directory, else a new one, saved in it.
 
@@ -149,6 +158,10 @@ class Cluster:
                 "--partitions", str(shape.partitions),
                 "--replicas", str(shape.replicas),
             )  # fmt: skip
+        # Who finds nobody would try again after a second only.
+        for address in shape.masters:
+            while not listening(address) and self.died() is None:
+                time.sleep(0.01)
         for i in range(1, shape.storages + 1):
             self._spawn(
                 f"storage{i}", "neostorage", masters,

@@ -1,4 +1,4 @@
-"""What strangers send to the ports of a running cluster, which must go on unimpressed."""
+"""What strangers send to the ports of a cluster, which goes on unimpressed."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import unittest
 from typing import Any
 
 import pytest
 import ZODB
-from BTrees.tests.testConflict import NastyConfictFunctionalTests
+from BTrees.tests import testConflict
 from ZEO.tests.InvalidationTests import InvalidationTests
 from ZODB.FileStorage import FileStorage
 from ZODB.tests import (
@@ -25,7 +24,6 @@ from ZODB.tests import (
     TransactionalUndoStorage,
     testZODB,
 )
-from ZODB.tests.StorageTestBase import StorageTestBase
 from ZODB.tests.testMVCCMappingStorage import MVCCTests
 
 from .base import NEOTestCase
@@ -53,15 +51,21 @@ class NEOStorageTests(
 ):
     """All that a storage can do."""
 
+    __test__ = False
+
     use_extension_bytes = True
 
 
 class OneStorageTests(NEOStorageTests):
     """On one storage node."""
 
+    __test__ = True
+
 
 class ThreeStoragesTests(NEOStorageTests):
     """On three storage nodes."""
+
+    __test__ = True
 
     storages = 3
 
@@ -119,11 +123,11 @@ class ZODBTests(NEOTestCase, testZODB.ZODBTests):
         NEOTestCase.tearDown(self)
 
 
-class BTreesConflictTests(NEOTestCase, NastyConfictFunctionalTests):
+class BTreesConflictTests(NEOTestCase, testConflict.NastyConfictFunctionalTests):
     """BTrees' conflict resolution on a real storage."""
 
     def setUp(self) -> None:
-        NastyConfictFunctionalTests.setUp(self)
+        testConflict.NastyConfictFunctionalTests.setUp(self)
         NEOTestCase.setUp(self)
 
     def openDB(self) -> Any:
@@ -132,7 +136,7 @@ class BTreesConflictTests(NEOTestCase, NastyConfictFunctionalTests):
         return self.db
 
     def tearDown(self) -> None:
-        NastyConfictFunctionalTests.tearDown(self)
+        testConflict.NastyConfictFunctionalTests.tearDown(self)
         NEOTestCase.tearDown(self)
 
 
@@ -145,10 +149,6 @@ class ZEOInvalidationTests(NEOTestCase, InvalidationTests):
         return self.cluster.storage()
 
 
-# The abstract combination and the imported bases are not tests of their own.
-del NEOStorageTests, NEOTestCase, StorageTestBase, NastyConfictFunctionalTests
-del InvalidationTests, MVCCTests
-
 for name in dir(ZEOInvalidationTests):
     if name.startswith("check"):
         setattr(
@@ -159,5 +159,3 @@ for case in (OneStorageTests, ThreeStoragesTests):
     for name in dir(case):
         if name.startswith("test") and "Pack" in name:
             setattr(case, name, PACK(getattr(case, name)))
-
-assert issubclass(OneStorageTests, unittest.TestCase)
