@@ -76,6 +76,8 @@ OIDS_BLOCK = 100
 OIDS_LOW = 25  # ask the next block when no more are left
 # Reads that are sent before the first answer is awaited.
 WINDOW = 128
+# Between two rounds over the storages that have an object, when all failed.
+READ_PAUSE = 0.05
 WARN_AFTER = 5.0
 WARN_AGAIN = 60.0
 
@@ -356,6 +358,7 @@ class ClientApp:
         # Monotonic times: of the last failed attempt to connect; of the last failure.
         self.unreachable: dict[int, float] = {}
         self.failures: dict[int, float] = {}
+        self.reasons: dict[int, str] = {}  # of these failures, for messages
         self.loads: dict[bytes, Load] = {}
         self.transactions: dict[bytes, Transaction] = {}  # by ttid
         # AskFinalTID waits at the master: nothing else may be sent there.
@@ -435,6 +438,8 @@ class ClientApp:
         self._oids_asked = False
         for link in list(self.links.values()):
             link.close("the primary master is lost")
+            # No failure of the storage: nothing to space.
+            self.runtime.connection_succeeded(link.address)
         self.unreachable.clear()
         if not self.closed:
             self.log.info("%s lost: %s", conn, conn.reason)
@@ -614,6 +619,7 @@ class ClientApp:
             node.connection = None
         if self.master is not None:
             self.failures[nid] = self.runtime.monotonic()
+            self.reasons[nid] = conn.reason
             self.log.info("storage %s lost: %s", nid_str(nid), conn.reason)
 
     def close_link(self, node: Node) -> None:
@@ -690,10 +696,11 @@ class ClientApp:
         Raises Refusal, NEOStorageTransientError if no storage is available.
         """
         wait = self.runtime.wait
+        give_up = 0.0
         while True:
             self.connect()
             session = self.session
-            failures = 0
+            failures = rejected = 0
             while self.session == session and self.ready:
                 partition = self.pt.partition_of(key)
                 readable = self._order(partition)
@@ -717,6 +724,7 @@ class ClientApp:
                         if accept is None or accept(value):
                             return value
                         failures += 1
+                        rejected += 1
                     elif answer.code is None:
                         failures += 1
                     elif answer.code != ErrorCode.NON_READABLE_CELL:
@@ -725,10 +733,18 @@ class ClientApp:
                         break
                 if self.session != session or not self.ready:
                     break
-                if failures > len(readable):
+                now = self.runtime.monotonic()
+                give_up = give_up or now + self.options.limits.storage_timeout
+                if failures > len(readable) and (rejected or now >= give_up):
                     raise NEOStorageTransientError(
-                        f"no storage available for partition {partition}"
+                        f"no storage available for partition {partition}: "
+                        + ", ".join(
+                            f"{nid_str(nid)} ({self.reasons.get(nid, 'not running')})"
+                            for nid in readable
+                        )
                     )
+                if failures:
+                    wait(lambda: self.closed, (), READ_PAUSE)
                 self.ask_master(Ping)  # table changes that are on their way arrive
 
     def read_many(

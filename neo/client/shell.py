@@ -111,6 +111,7 @@ class ShellTransport(SocketTransport):
         super().__init__(sock, None if runtime.tls is None else runtime.tls.wrap(False))
         self.runtime = runtime
         self.event_fd = self.fd
+        self.started = False  # an attempt to connect may be deferred
         self.reader: Waiter | None = None
         self.waiters: list[Waiter] = []
         self.in_recv = False  # its reader blocks in recv()
@@ -130,7 +131,7 @@ class ShellTransport(SocketTransport):
         return node is None or node.type is NodeType.MASTER or self.transactions > 0
 
     def changed(self) -> None:
-        if self.fd < 0:
+        if self.fd < 0 or not self.started:
             wanted = 0
         else:
             wanted = select.EPOLLOUT if self._unsent or self.connecting else 0
@@ -159,6 +160,8 @@ class ShellTransport(SocketTransport):
         if self.fd < 0:
             return
         self.runtime.transports.pop(self.event_fd, None)
+        if not self.started:
+            self.runtime.throttle.cancelled(self.conn.address)
         if self.in_recv:
             self.fd = -1
             self._unsent = b""
@@ -188,7 +191,7 @@ class ShellRuntime:
         self._spare: list[Waiter] = []
         self._timers: list[tuple[float, int, ShellTimer]] = []
         self._order = count()
-        self._throttle = Throttle()
+        self.throttle = Throttle()
         self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.epoll.register(self._waker, select.EPOLLIN)
         self._thread: threading.Thread | None = None
@@ -243,10 +246,11 @@ class ShellRuntime:
         conn = Connection(self, transport, address, handler, incoming=False)
         transport.conn = conn
         self.transports[transport.fd] = transport
-        delay = self._throttle.delay(address, time.monotonic())
+        delay = self.throttle.delay(address, time.monotonic())
 
         def start() -> None:
             if not conn.closed:
+                transport.started = True
                 try:
                     transport.connect(address)
                 except OSError as error:
@@ -261,7 +265,7 @@ class ShellRuntime:
         return conn
 
     def connection_succeeded(self, address: Address) -> None:
-        self._throttle.succeeded(address)
+        self.throttle.succeeded(address)
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]
@@ -349,7 +353,7 @@ class ShellRuntime:
         """Those that this thread reads."""
         reading = []
         for transport in transports:
-            if transport.fd < 0 or transport.connecting:
+            if transport.fd < 0 or not transport.conn.is_established:
                 continue
             if transport.reader is None:
                 transport.reader = waiter

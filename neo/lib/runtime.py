@@ -118,6 +118,11 @@ class Throttle:
         self._not_before[address] = start + RECONNECTION_DELAY
         return start - monotonic
 
+    def cancelled(self, address: Address) -> None:
+        """An attempt that was deferred is not made: it must not defer the next one."""
+        if address in self._not_before:
+            self._not_before[address] -= RECONNECTION_DELAY
+
     def succeeded(self, address: Address) -> None:
         """The peer accepted us: a loss may be followed by a new attempt at once."""
         self._not_before.pop(address, None)
