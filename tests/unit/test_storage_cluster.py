@@ -28,6 +28,21 @@ NAME = "counters"
 COUNTERS = 4
 
 
+class Disk:
+    """What a machine that loses power keeps at least: see CommitObserver."""
+
+    def __init__(self) -> None:
+        self.backend: MemoryBackend | None = None
+        self.image: bytes | None = None
+
+    def before_commit(self, durable: bool) -> None:
+        """It never fails."""
+
+    def after_commit(self, durable: bool) -> None:
+        if durable and self.backend is not None:
+            self.image = self.backend._connection.serialize()
+
+
 class Cluster:
     """A simulated cluster, with its clients' memory of what they were told."""
 
@@ -36,6 +51,7 @@ class Cluster:
     ) -> None:
         self.sim = Simulation(seed)
         self.disks: dict[int, MemoryBackend] = {}
+        self.durable: dict[int, Disk] = {}
         self.acknowledged = [0] * COUNTERS
         self.unknown = [0] * COUNTERS
         self.stopping = False
@@ -52,13 +68,18 @@ class Cluster:
             self.start(number)
         self.until(lambda: all(self.nodes()) and all(n.operation for n in self.nodes()))
 
-    def start(self, number: int) -> None:
-        """Start a storage, on the disk that it left."""
+    def start(self, number: int, power: bool = True) -> None:
+        """Start a storage, on the disk that it left; `power`: it was not lost."""
         old = self.disks.get(number)
         image = old.image() if old is not None else None
+        if not power:
+            image = self.durable[number].image
 
         def make(runtime: SimRuntime) -> StorageNode:
-            self.disks[number] = MemoryBackend(image=image)
+            disk = self.durable[number] = Disk()
+            disk.image = image
+            disk.backend = MemoryBackend(image=image, observer=disk)
+            self.disks[number] = disk.backend
             return StorageNode(
                 runtime,
                 self.disks[number],
@@ -69,6 +90,14 @@ class Cluster:
 
     def crash(self, number: int) -> None:
         self.sim.process(f"S{number}").crash()
+
+    def crash_of_client(self, number: int) -> None:
+        """Its last increment may have been finished or not."""
+        process = self.sim.process(f"C{number}")
+        if process.alive:
+            process.crash()
+            for counter in range(COUNTERS):
+                self.unknown[counter] += 1
 
     def nodes(self) -> list[StorageNode]:
         return [p.app for n, p in self.sim.processes.items() if n[0] == "S" and p.app]
@@ -230,7 +259,7 @@ def test_crashes_and_replication(seed: int, storages: int) -> None:
         cluster.sim.run(rng.uniform(0.5, 3))
         cluster.crash(victim)
         cluster.sim.run(rng.uniform(0.1, 4))
-        cluster.start(victim)
+        cluster.start(victim, power=rng.random() < 0.5)
         cluster.until(cluster.readable_cells)
     cluster.until(lambda: len(cluster.finished) == 3, 600)
     cluster.check()
@@ -247,6 +276,23 @@ def test_all_storages_restart(seed: int) -> None:
         victim = rng.randint(1, 2)
         cluster.crash(victim)
         cluster.sim.run(rng.uniform(0.1, 2))
-        cluster.start(victim)
+        cluster.start(victim, power=rng.random() < 0.5)
     cluster.until(lambda: len(cluster.finished) == 2, 600)
+    cluster.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masters_and_clients_die(seed: int) -> None:
+    """Operation stops and starts again; transactions are dropped or finished."""
+    cluster = Cluster(seed, storages=2, replicas=1)
+    run(cluster, 4, 40, True)
+    rng = cluster.sim.rng("crashes")
+    for number in range(3):
+        cluster.sim.run(rng.uniform(0.5, 3))
+        cluster.crash_of_client(number)
+        cluster.sim.run(rng.uniform(0.5, 3))
+        cluster.sim.process("M").crash()
+        cluster.sim.run(rng.uniform(0.1, 2))
+        cluster.sim.process("M").start(None)
+    cluster.until(lambda: "C3" in cluster.finished, 600)
     cluster.check()
