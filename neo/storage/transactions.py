@@ -87,7 +87,7 @@ class Transactions:
 
     `access`: how each partition may be used (`locks.ABSENT`...); who changes it calls
     `access_changed`. `ended(ttid)` is called for each transaction that was unlocked or
-    dropped.
+    dropped, before those who waited for its locks are served.
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class Transactions:
             transaction is None
             or transaction.state != OPEN
             or oid not in transaction.locks
+            or oid in transaction.blind
         ):
             conn.answer(AnswerRelockObject, None)
             return
@@ -524,10 +525,9 @@ class Transactions:
         for oid in tuple(transaction.locks):
             self._release(transaction, oid)
         transaction.blind.clear()
-        self._serve()
+        self._end([ttid])
         readers, transaction.readers = transaction.readers, []
         self._resume(readers)
-        self._ended(ttid)
 
     def _applied(self, transaction: Transaction) -> None:
         """The database shows the transaction."""
@@ -551,8 +551,7 @@ class Transactions:
         transaction = self.by_ttid.get(ttid)
         if transaction is not None and transaction.state <= VOTED:
             self._drop(transaction)
-            self._serve()
-        self._ended(ttid)
+            self._end([ttid])
 
     def abort_of_node(self, node: Node, *, voted: bool) -> None:
         """Drop the transactions of a client, if it is gone for all `voted` ones too."""
@@ -564,9 +563,17 @@ class Transactions:
         ]
         for ttid in ttids:
             self._drop(self.by_ttid[ttid])
-        self._serve()
+        self._end(ttids)
+
+    def _end(self, ttids: Iterable[Tid]) -> None:
+        """Transactions ended: their locks are free.
+
+        Those who wait come last: a blind write of a partition whose replication ends
+        takes the lock first (`reserve_blind_writes`).
+        """
         for ttid in ttids:
             self._ended(ttid)
+        self._serve()
 
     def _drop(self, transaction: Transaction) -> None:
         ttid = transaction.ttid
@@ -651,9 +658,9 @@ class Transactions:
                     continue
                 holder = self._locks.get(oid)
                 if holder is not None and holder is not transaction:
+                    assert oid in holder.blind, (oid, holder, transaction)
                     excluded.add(partition)
                     del holder.locks[oid]
-                    holder.notified.pop(oid, None)
                 self._locks[oid] = transaction
                 transaction.locks[oid] = None
         return excluded
