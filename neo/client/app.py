@@ -526,11 +526,14 @@ class ClientApp:
     def sync(self) -> None:
         """All that was committed before is visible after."""
         self.check_open()
-        session = self.session
-        self.connect()
-        if self.session == session:  # else it was synchronised right now
-            self.ask_master(Ping)
-            # Lost instead of answered: the next use synchronises.
+        while True:
+            session = self.session
+            self.connect()
+            if self.session != session:
+                return  # synchronised right now
+            if self.ask_master(Ping).value is not None:
+                return
+            # Lost instead of answered: what was committed meanwhile is not known.
 
     def new_oid(self) -> bytes:
         """An oid that nobody else gets. Source: behaviour.md 9.6."""
