@@ -134,6 +134,7 @@ class Connection:
         self._peer = f"None ({format_address(address)})"
         self._decoder = Decoder(INPUT_LIMIT_UNKNOWN)
         self._handshake = b""
+        self._full = False  # the peer does not read
         self._next_id = 0
         self._pending: dict[int, Request] = {}
         self._paused: deque[Message] | None = None
@@ -175,13 +176,18 @@ class Connection:
         self._write(data)
 
     def _write(self, data: bytes) -> None:
+        if self._full:
+            return
         if not self.out:
             self.transport.flush_soon()
         self.out.append(data)
         self.out_size += len(data)
         if self.out_size > LIMIT:
-            self._end(f"the peer does not read: {self.out_size} bytes queued")
-            self.transport.close()
+            # Closed in the next turn: who sends, perhaps to many, must not lose one of
+            # them in the middle. Nothing follows what is queued.
+            self._full = True
+            reason = f"the peer does not read: {self.out_size} bytes queued"
+            self.runtime.call_later(0, lambda: self.close(reason))
 
     def _new_id(self) -> int:
         msg_id = self._next_id

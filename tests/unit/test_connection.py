@@ -508,12 +508,18 @@ def test_input_of_an_unknown_peer_is_bounded() -> None:
 
 def test_output_is_bounded() -> None:
     handler = Recorder()
-    conn = established(handler)
+    runtime = FakeRuntime()
+    conn = established(handler, runtime=runtime)
     data = bytes(32 << 20)
     for _ in range(7):
         conn.answer(AnswerObject, TID, TID, None, 0, bytes(20), data, None)
     assert not conn.closed
     conn.answer(AnswerObject, TID, TID, None, 0, bytes(20), data, None)
+    size = conn.out_size
+    conn.answer(AnswerObject, TID, TID, None, 0, bytes(20), data, None)
+    assert conn.out_size == size  # nothing more is kept
+    assert not conn.closed  # not in the middle of what its owner does
+    runtime.advance(0)
     assert conn.closed
     assert transport(conn).closed
     assert handler.closings == 1
