@@ -23,7 +23,7 @@ from neo.lib.protocol import (
 )
 
 from . import policy
-from .phase import Identified
+from .phase import NOT_RESILIENT, Identified
 from .running import Running, Stopping
 
 BACKUP = (
@@ -217,7 +217,7 @@ class Administration(Identified):
         master.tell_replicated()
         cells, resilient = policy.tweak(pt.rows, pt.replicas, paths)
         if not resilient:
-            master.log.warning("hosts and disks are too few or too uneven: replicas may share one")
+            master.log.warning(NOT_RESILIENT)
         if dry_run:
             rows = _after(pt.rows, cells)
         else:

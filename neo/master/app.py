@@ -19,6 +19,7 @@ from neo.lib.protocol import (
     BY_CODE,
     READABLE,
     CellState,
+    ClusterState,
     NodeRow,
     NodeState,
     NodeType,
@@ -97,8 +98,9 @@ class Dismissed(Handler):
 
     def closed(self, conn: Connection) -> None:
         self.left.pop(conn, None)
-        if not self.left and not self.master.stopped:
-            self.master.primary.dismissed_left()
+        phase = self.master.phase
+        if not self.left and isinstance(phase, PrimaryPhase):
+            phase.dismissed_left()
 
 
 class Master:
@@ -141,6 +143,8 @@ class Master:
         self.admin_handler: Handler = Administration(self)
         self.master_handler: Handler = Identified(self)
         self.dismissed = Dismissed(self)
+        # By `check()`: phase, ptid, last tid.
+        self._checked: tuple[Phase, int, bytes] = self.phase, 0, b""
 
     # --- life -------------------------------------------------------------------------
 
@@ -520,3 +524,8 @@ class Master:
             assert node.connection.node is node, node
         self.transactions.check()
         self.phase.check()
+        phase, ptid, tid = self._checked
+        new = self.pt.ptid or 0, self.transactions.last_tid
+        if phase is self.phase and phase.state is not ClusterState.VERIFYING:
+            assert new >= (ptid, tid) and new[1] >= tid, (ptid, tid, new)  # noqa: PT018
+        self._checked = self.phase, *new

@@ -147,6 +147,7 @@ class _Research:
         self.reply = reply
         self.pack_id = pack_id
         self.first_approved = first_approved
+        self.phase = packs.master.phase
         self.found = dict(packs.orders)
         self.left = dict.fromkeys(range(packs.master.pt.np))  # partitions
         self.asked = 0
@@ -169,6 +170,9 @@ class _Research:
                 self.reply, self.pack_id, self.first_approved, self.found
             )
 
+    def _goes_on(self) -> bool:
+        return self.packs.master.phase is self.phase and not self.reply.closed
+
     def _ask(self, node: Node) -> None:
         assert node.nid is not None
         mine = {
@@ -182,15 +186,16 @@ class _Research:
             self.asked -= 1
             for order in orders:
                 self.found[order[0]] = _clean(order)
-            if not self.asked:
+            if not self.asked and self._goes_on():
                 self.start()
 
         def failed(code: int | None, text: str) -> None:
             self.asked -= 1
-            if not self.reply.closed:
+            if self._goes_on():
                 self.left.update(mine)
                 self.start()
 
+        assert node.connection is not None
         node.connection.ask(AskPackOrders, self.pack_id).then(done, failed)
 
 

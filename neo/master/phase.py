@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from .app import Master
 
 
+NOT_RESILIENT = "too few hosts or disks, or too uneven: replicas may share one"
+
+
 class Claim(NamedTuple):
     """What RequestIdentification says, of the right cluster."""
 

@@ -30,7 +30,7 @@ from neo.lib.util import format_address
 
 from . import policy
 from .election import Election, Secondary
-from .phase import Claim, PrimaryPhase, Storage
+from .phase import NOT_RESILIENT, Claim, PrimaryPhase, Storage
 from .verification import Verifying
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ class Recovering(PrimaryPhase):
         options = master.options
         rows, resilient = policy.create(options.partitions, options.replicas, paths)
         if not resilient:
-            master.log.warning("hosts and disks are too few or too uneven: replicas may share one")
+            master.log.warning(NOT_RESILIENT)
         master.known_ptid = 1
         master.pt.load(1, options.replicas, [list(row.items()) for row in rows])
         master.members = dict.fromkeys(master.pt.nids())
