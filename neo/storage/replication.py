@@ -28,6 +28,7 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler
 from neo.lib.node import Node, nid_str, wire_address
 from neo.lib.protocol import (
+    MAX_TID,
     ZERO_HASH,
     ZERO_OID,
     ZERO_TID,
@@ -421,6 +422,9 @@ class Session:
         self.is_over = False
         self._first = add64(target.done, 1) if target.done > ZERO_TID else ZERO_TID
         self._items: list[tuple[Any, ...]] = []
+        # Of the present chunk: where it starts, and what was here of it.
+        self._position: tuple[bytes, ...] = ()
+        self._known: dict[Any, None] = {}
         self._backend = replication.node.backend
         self._writer = replication.node.writer
 
@@ -448,11 +452,15 @@ class Session:
         self._writer.submit(job, call, durable=durable)
 
     def _failed(self, code: int | None, text: str) -> None:
-        name = "" if code is None else f"{ErrorCode(code).name} "
-        self.replication.failed(self, f"{name}{text}")
+        known = {error.value: error.name for error in ErrorCode}
+        name = "" if code is None else known.get(code, str(code))
+        self.replication.failed(self, f"{name} {text}".strip())
 
     def received(self, args: tuple[Any, ...]) -> None:
         """An item of the present chunk."""
+        if max(args[:2] if len(args) == 6 else args[:1]) > MAX_TID:
+            self.replication.failed(self, f"invalid id {args[0].hex()}")
+            return
         if len(args) == 6:
             checksum, data = args[3], args[4]
             if (data or checksum != ZERO_HASH) and sha1(data).digest() != checksum:
@@ -474,9 +482,11 @@ class Session:
     def _ask_transactions(self, min_tid: Tid, is_first: bool = False) -> None:
         partition, goal = self.target.partition, self.goal
         reader = self._backend.background
+        self._position = (min_tid,)
 
         def ask(known: list[Tid]) -> None:
             assert self.conn is not None
+            self._known = dict.fromkeys(known)
             self.request = self.conn.ask(
                 AskFetchTransactions, partition, CHUNK, min_tid, goal, known, is_first
             ).then(self._transactions, self._failed)
@@ -489,11 +499,16 @@ class Session:
         items = self._take()
         if self.is_over:
             return
+        if next_tid is not None and not self._position < (next_tid,) <= (self.goal,):
+            self._failed(None, f"invalid position {next_tid.hex()}")
+            return
+        known = self._known
         backend, partition = self._backend, self.target.partition
 
         def write() -> None:
             for tid in delete:
-                backend.delete_transaction(tid)
+                if tid in known:
+                    backend.delete_transaction(tid)
             for tid, user, description, extension, packed, ttid, oids, pack in items:
                 order = pack and PackOrder(*pack)
                 backend.add_transaction(
@@ -520,8 +535,10 @@ class Session:
     def _ask_objects(self, min_tid: Tid, min_oid: Oid) -> None:
         partition, goal = self.target.partition, self.goal
         reader = self._backend.background
+        self._position = min_tid, min_oid
 
         def ask(keys: list[tuple[Tid, Oid]]) -> None:
+            self._known = dict.fromkeys(keys)
             known = {
                 tid: [oid for _, oid in group]
                 for tid, group in groupby(keys, lambda key: key[0])
@@ -545,14 +562,21 @@ class Session:
         if self.is_over:
             return
         backend, partition, goal = self._backend, self.target.partition, self.goal
-        if next_tid is not None and (next_oid is None or next_tid == ZERO_TID):
-            self.replication.failed(self, f"invalid position {next_tid.hex()}")
+        if next_tid is not None and (
+            next_oid is None
+            or next_tid == ZERO_TID
+            or not self._position < (next_tid, next_oid)
+            or next_tid > self.goal
+        ):
+            self._failed(None, f"invalid position {next_tid.hex()}")
             return
+        known = self._known
 
         def write() -> None:
             for tid, oids in delete.items():
                 for oid in oids:
-                    backend.delete_object(oid, tid)
+                    if (tid, oid) in known:
+                        backend.delete_object(oid, tid)
             for oid, tid, compression, checksum, data, value_tid in items:
                 value: Value | None = None
                 if data or checksum != ZERO_HASH:

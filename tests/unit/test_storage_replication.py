@@ -188,7 +188,9 @@ def test_chunks_and_deletions() -> None:
     assert list(order.pack.oids or ()) == [A, B]
 
 
-@pytest.mark.parametrize("how", ["lost", "error", "checksum", "position", "master"])
+@pytest.mark.parametrize(
+    "how", ["lost", "error", "code", "checksum", "id", "first", "position", "master"]
+)
 def test_interruptions(how: str) -> None:
     """The target is kept; another attempt follows."""
     h, peer = replicating()
@@ -198,6 +200,14 @@ def test_interruptions(how: str) -> None:
     elif how == "error":
         args = ErrorCode.REPLICATION_ERROR, b"dropped"
         peer.send(Error, *args, msg_id=msg_id)
+    elif how == "code":
+        peer.send(Error, 77, b"", msg_id=msg_id)
+    elif how == "first":
+        peer.send(AnswerFetchTransactions, ZERO_TID, (), ZERO_TID, msg_id=msg_id)
+    elif how == "id":
+        metadata = (b"\xff" * 8, b"u", b"d", b"", False, T1, (A,), None)
+        peer.send(AddTransaction, *metadata, msg_id=msg_id)
+        peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
     elif how == "master":
         h.change_table(2, (0, 1, CellState.DISCARDED))
         peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
