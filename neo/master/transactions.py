@@ -53,6 +53,8 @@ CLOCK_STEP = 1.0
 FUTURE_MAX = 2 * 86400.0
 # After the last tid, even if that is too far in the future already: one minute.
 FUTURE_STEP = 1 << 32
+# Of ids, after those of a former primary, if the clock is late: up to one minute.
+ID_GAP = 1 << 32
 NEW_OIDS_MAX = 1 << 16
 # Requests that wait; beyond, clients are told to come again later.
 PARKED_MAX = 100_000
@@ -215,9 +217,19 @@ class Transactions:
         self._offset = offset
         return clock_tid(now)
 
-    def set_last_ids(self, last_tid: bytes, last_oid: bytes, first_tid: bytes) -> None:
-        """What verification found on the storages."""
+    def set_last_ids(
+        self, last_tid: bytes, last_oid: bytes, first_tid: bytes, last_ttid: bytes
+    ) -> None:
+        """What verification found on the storages.
+
+        The former primary may have given ids that no storage knows, one after the
+        other if its clock was late. None may be given again: who asks what became of
+        its transaction would hear of another one. So leave a gap that nobody fills.
+        """
         self.last_tid, self.last_oid, self.first_tid = last_tid, last_oid, first_tid
+        last = max(last_tid, last_ttid)
+        if last != ZERO_TID and last >= max(self.clock(), self._given):
+            self._given = add_tid(last, self.runtime.rng.randrange(ID_GAP))
         if last_tid > clock_tid(self.runtime.now() + CLOCK_STEP):
             self.log.warning(
                 "the clock is behind the last tid, %s: new ones follow it",

@@ -186,7 +186,12 @@ class Verifying(PrimaryPhase):
 
     def _ids_known(self) -> None:
         master = self.master
-        master.transactions.set_last_ids(self.last_tid, self.last_oid, self.first_tid)
+        master.transactions.set_last_ids(
+            self.last_tid,
+            self.last_oid,
+            self.first_tid,
+            max(self.tids, default=ZERO_TID),
+        )
         if master.truncate_tid is not None:
             master.log.warning("truncated to %s", master.truncate_tid.hex())
             master.truncate_tid = None

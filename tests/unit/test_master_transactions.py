@@ -336,6 +336,22 @@ def test_clock_set_back() -> None:
     assert tids == sorted(set(tids))
 
 
+def test_ids_of_a_former_primary_are_not_given_again() -> None:
+    """Its clock was late, so they were consecutive; they were not committed."""
+    world = cluster(1, replicas=0)
+    client = world.client("C1")
+    commit(world, client, 1)
+    world.sim.processes["M0"].skew -= 3600
+    lost = [begin(world, client) for _ in range(5)]
+    world.sim.crash("M0")
+    world.settle()
+    world.start_master(0)
+    world.running()
+    client = world.client("C2")
+    given = [begin(world, client) for _ in range(20)]
+    assert min(given) > max(lost)
+
+
 def test_final_tid() -> None:
     """Scenarios 63 to 66."""
     world = cluster(1, replicas=0)
