@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from neo.admin.app import Admin, AdminOptions
-from neo.lib.protocol import READABLE, ClusterState, NodeState, NodeType
+from neo.lib.protocol import READABLE, ClusterState
 from neo.lib.util import Address
 from neo.master.app import Master, MasterOptions
 from neo.storage.app import StorageNode, StorageOptions
@@ -232,20 +232,23 @@ class Cluster:
 
     @property
     def healthy(self) -> bool:
-        """Whether all storages serve all their cells."""
-        if not self.running:
-            return False
+        """Whether all storages that have cells serve all of them.
+
+        Those that have none are pending after a restart of the cluster.
+        """
         primary = self.primary
-        assert primary is not None
-        storages = primary.nodes.of_type(NodeType.STORAGE)
+        if primary is None or not self.running:
+            return False
+        pt = primary.pt
+        apps = {
+            app.nid: app
+            for name in self.storages
+            if (app := self.sim.app(name)) is not None
+        }
         return (
-            sum(node.state is NodeState.RUNNING for node in storages)
-            == len(self.storages)
-            and all(state in READABLE for _, _, state in primary.pt)
-            and all(
-                (app := self.sim.app(name)) is not None and app.operation is not None
-                for name in self.storages
-            )
+            all(state in READABLE for _, _, state in pt)
+            and primary.nodes.running().keys() >= set(pt.nids())
+            and all(nid in apps and apps[nid].operation for nid in pt.nids())
         )
 
     def storage(self, name: str = "c0") -> TokenStorage:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16  # bytes delivered at once
 WINDOW = 1 << 18  # bytes of one direction that the kernels hold
 LINGER = 10.0
+KEEPALIVE = 90.0  # seconds after which the kernel notices a machine that vanished
 # When a first packet that gets lost is repeated, as Linux does; then it is given up.
 SYN_RETRIES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -224,6 +225,9 @@ class SimTransport:
             if self.out is not None:
                 if silent:
                     self.out.ended = True
+                    if self.peer is not None:
+                        peer, text = self.peer, "Connection timed out"
+                        peer.process.post_later(KEEPALIVE, "end", peer.ended, text)
                 elif self.sim.rng("network").random() < 0.5:
                     self.out.cut(RESET)
                 else:

@@ -8,6 +8,7 @@ from .runtime import Simulation
 from .workload import Tokens
 
 SAFETY = 30.0  # seconds with faults
+COMMITS = 300  # that end the phase with faults
 LIVENESS = 120.0  # seconds that everything may take to recover
 QUIET = 5.0  # seconds after which nothing is left to do
 
@@ -63,7 +64,8 @@ class Run:
                 self.cluster, self.kinds, self.every, self.start_client
             )
         self.sim.note("OPTIONS", f"{self.faults.kinds} every {self.faults.every}")
-        self.sim.run(seconds)
+        enough = self.tokens.committed + COMMITS
+        self.sim.run_until(lambda: self.tokens.committed >= enough, seconds, fail=False)
         self.recover()
         self.audit()
 

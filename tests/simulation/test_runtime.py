@@ -176,7 +176,7 @@ def test_silent_crash() -> None:
     sim = world()
     sim.run_until(lambda: sim.app("client").conn, 5)
     sim.crash("server", silent=True)
-    sim.run(100)
+    sim.run(80)
     conn = sim.app("client").conn
     assert conn
     sim.restart("server")
@@ -185,6 +185,16 @@ def test_silent_crash() -> None:
     conn.notify(NotifyUnlockInformation, bytes(8))
     sim.run_until(lambda: conn.closed, 1)
     sim.run_until(lambda: sim.app("client").conn, 3)
+
+
+def test_silence_ends_by_keepalive() -> None:
+    sim = world()
+    sim.run_until(lambda: sim.app("client").conn, 5)
+    sim.crash("server", silent=True)
+    sim.run(89)
+    assert sim.app("client").conn
+    sim.run(2)
+    assert sim.app("client").events[1] == "Connection timed out"
 
 
 def reset_loses_bytes(seed: int) -> bool:

@@ -71,16 +71,20 @@ class Tokens:
     # --- threads ----------------------------------------------------------------------
 
     def create(self, storage: Storage) -> None:
-        """Make the objects: the first attempt."""
+        """Make the objects, as soon as all storages are ready: the first attempt."""
         attempt = self._attempt("init")
-        txn = TransactionMetaData()
-        storage.tpc_begin(txn)
-        for oid in ALL:
-            storage.store(oid, bytes(8), Value(("init",)).encode(), "", txn)
-        storage.tpc_vote(txn)
-        attempt.tid = storage.tpc_finish(txn)
+        while attempt.outcome != OK:
+            txn = TransactionMetaData()
+            try:
+                storage.tpc_begin(txn)
+                for oid in ALL:
+                    storage.store(oid, bytes(8), Value(("init",)).encode(), "", txn)
+                storage.tpc_vote(txn)
+                attempt.tid = storage.tpc_finish(txn)
+                attempt.outcome = OK
+            except TransientError:
+                storage.tpc_abort(txn)
         attempt.written = tuple(ALL)
-        attempt.outcome = OK
         attempt.end = self.sim.time
 
     def start(self, name: str, storage: Storage, steps: int = 1_000_000) -> None:
