@@ -97,6 +97,14 @@ def fingerprint(transaction: Any) -> tuple[Any, ...]:
     )
 
 
+def fingerprint_at(storage: Any, tid: bytes) -> tuple[Any, ...] | None:
+    """Fingerprint of one transaction; None if there is no such."""
+    with closing(storage.iterator(tid, tid)) as transactions:
+        for transaction in transactions:
+            return fingerprint(transaction)
+    return None
+
+
 def resume(source: Any, destination: Any) -> bytes | None:
     """Tid to copy from; None: the beginning.
 
@@ -105,10 +113,9 @@ def resume(source: Any, destination: Any) -> bytes | None:
     last = destination.lastTransaction()
     if last == ZERO_TID:
         return None
-    for transaction in source.iterator(last, last):
-        theirs = next(iter(destination.iterator(last, last)), None)
-        if theirs is not None and fingerprint(theirs) == fingerprint(transaction):
-            return add64(last, 1)
+    ours = fingerprint_at(source, last)
+    if ours is not None and ours == fingerprint_at(destination, last):
+        return add64(last, 1)
     raise ConfigurationError(
         f"{destination.getName()} is not empty, and its last transaction {last.hex()}"
         f" ({datetime_from_tid(last):%F %T}) is not in {source.getName()}:"
