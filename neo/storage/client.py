@@ -65,6 +65,7 @@ class ClientHandler(Handler):
         self.access = operation.access
         self.np = len(operation.access)
         self.pending = operation.transactions.pending
+        self.pending_by_oid = self.pending.by_oid
         self.load = operation.backend.load
 
     def closed(self, conn: Connection) -> None:
@@ -84,7 +85,7 @@ class ClientHandler(Handler):
     ) -> None:
         if self.access[_u64(oid)[0] % self.np] != READABLE:
             raise not_readable()
-        if oid in self.pending:
+        if oid in self.pending_by_oid:
             self._load_pending(conn, conn.message_id, oid, at, before)
             return
         revision = self.load(oid, at, before)
@@ -93,7 +94,7 @@ class ClientHandler(Handler):
         conn.send(AnswerObject, conn.message_id, (oid, *revision))
 
     def _not_found(self, oid: Oid) -> Refused:
-        known = oid in self.pending or self.backend.last_tid_of(oid) is not None
+        known = oid in self.pending_by_oid or self.backend.last_tid_of(oid) is not None
         code = ErrorCode.OID_NOT_FOUND if known else ErrorCode.OID_DOES_NOT_EXIST
         return Refused(code, oid.hex())
 
@@ -105,9 +106,9 @@ class ClientHandler(Handler):
         at: Tid | None,
         before: Tid | None,
     ) -> None:
-        result = self.transactions.load_pending(oid, at, before)
+        result = self.pending.load(oid, at, before)
         if isinstance(result, Transaction):
-            self.transactions.wait(
+            self.pending.wait(
                 conn, result, lambda: self._load_again(conn, msg_id, oid, at, before)
             )
         elif result is None:
@@ -152,7 +153,7 @@ class ClientHandler(Handler):
             except Refused as error:
                 refuse(conn, msg_id, error)
 
-        self.transactions.wait(conn, transaction, again)
+        self.pending.wait(conn, transaction, again)
 
     def _check_readable(self, partition: int) -> None:
         if partition >= self.np or self.access[partition] != READABLE:
@@ -167,7 +168,7 @@ class ClientHandler(Handler):
         self._check_readable(partition)
 
         def find() -> Transaction | None:
-            users = self.pending.get(oid)
+            users = self.pending_by_oid.get(oid)
             return users[-1] if users else None
 
         def read(msg_id: int) -> Slices:
@@ -202,7 +203,7 @@ class ClientHandler(Handler):
                 ),
             )
 
-        self._when_applied(conn, lambda: self.transactions.unapplied_at(tid), read)
+        self._when_applied(conn, lambda: self.pending.at(tid), read)
 
     def ask_tids(self, conn: Connection, first: int, last: int, partition: int) -> None:
         if first >= last:
@@ -221,9 +222,7 @@ class ClientHandler(Handler):
                 self._check_readable(number)
             conn.send(AnswerTIDs, msg_id, (tids,))
 
-        self._when_applied(
-            conn, lambda: self.transactions.unapplied_until(MAX_TID), read
-        )
+        self._when_applied(conn, lambda: self.pending.until(MAX_TID), read)
 
     def ask_tids_from(
         self, conn: Connection, min_tid: Tid, max_tid: Tid, length: int, partition: int
@@ -244,9 +243,7 @@ class ClientHandler(Handler):
                 start = (int.from_bytes(found[-1], "big") + 1).to_bytes(8, "big")
             conn.send(AnswerTIDsFrom, msg_id, (tids,))
 
-        self._when_applied(
-            conn, lambda: self.transactions.unapplied_until(max_tid), read
-        )
+        self._when_applied(conn, lambda: self.pending.until(max_tid), read)
 
     def ask_oids_from(
         self, conn: Connection, partition: int, length: int, min_oid: Oid, tid: Tid
@@ -267,7 +264,7 @@ class ClientHandler(Handler):
                     break
             conn.send(AnswerOIDsFrom, msg_id, (start, oids))
 
-        self._when_applied(conn, lambda: self.transactions.unapplied_until(tid), read)
+        self._when_applied(conn, lambda: self.pending.until(tid), read)
 
     def ask_final_tid(self, conn: Connection, ttid: Tid) -> None:
         transaction = self.transactions.by_ttid.get(ttid)
@@ -291,7 +288,7 @@ class ClientHandler(Handler):
 
         def find() -> Transaction | None:
             for oid in oids:
-                users = self.pending.get(oid)
+                users = self.pending_by_oid.get(oid)
                 if users:
                     return users[-1]
             return None

@@ -125,10 +125,10 @@ class PeerHandler(Handler):
         """Start a read when all transactions up to `bound` are applied."""
         self.links[conn].is_server = True
         self._check_readable(partition, error)
-        transactions = self.operation.transactions
+        pending = self.operation.transactions.pending
         transaction = None
         if bound is not None:
-            transaction = transactions.unapplied_until(bound)
+            transaction = pending.until(bound)
         if transaction is None:
             self.background.start(conn, read(conn.message_id))
             return
@@ -141,7 +141,7 @@ class PeerHandler(Handler):
             except Refused as refusal:
                 refuse(conn, msg_id, refusal)
 
-        transactions.wait(conn, transaction, again)
+        pending.wait(conn, transaction, again)
 
     def _check_readable(self, partition: int, error: ErrorCode) -> None:
         if not self.node.is_readable(partition):

@@ -5,12 +5,8 @@ vote arrives (durable when it is answered); LOCKED when the master tells its fin
 UNLOCKED when the master says so: its write locks are free, its objects visible. A lazy
 job of the writer moves it to the committed ones, after which it is forgotten; an abort
 forgets it before it is LOCKED. What is committed is thus what the database has
-plus the UNLOCKED transactions: conflict checks and reads look at these first.
-
-An object is *pending* from the lock of a transaction that stores it until that is
-applied. A read of a pending object is answered if it asks for an older revision, with
-the tid of the transaction as next tid (behaviour 12.3); from memory if it asks for the
-revision of an UNLOCKED transaction; else it waits.
+plus the UNLOCKED transactions: conflict checks and reads look at these first
+(`pending.py`).
 
 Values stay in memory until they are applied; beyond limits they are spilled to the
 database by the writer. Source: behaviour 3.3 to 3.9, architecture 6.4.
@@ -29,7 +25,6 @@ from neo.lib.node import Node
 from neo.lib.protocol import (
     MAX_TID,
     MAX_TRANSACTION_OIDS,
-    ZERO_HASH,
     ZERO_TID,
     AnswerCheckCurrentSerial,
     AnswerInformationLocked,
@@ -43,7 +38,7 @@ from neo.lib.protocol import (
 from neo.lib.runtime import Runtime
 
 from .background import fail
-from .database.interface import Backend, Metadata, Oid, Revision, Store, Tid
+from .database.interface import Backend, Metadata, Oid, Store, Tid
 from .locks import (
     ABSENT,
     BLIND,
@@ -63,12 +58,12 @@ from .locks import (
     WAIT,
     Demand,
     Outcome,
-    Reading,
     Transaction,
     WaitQueues,
     Write,
     decide_held,
 )
+from .pending import Pending
 from .writer import Writer
 
 _u64 = Struct(">Q").unpack
@@ -76,8 +71,6 @@ _u64 = Struct(">Q").unpack
 # Bytes of values in memory, of one transaction and of all, before some are spilled.
 MEMORY_OF_TRANSACTION = 16 << 20
 MEMORY = 256 << 20
-# Reads of one peer that wait.
-READS_MAX = 10_000
 
 PackRequest = tuple[Sequence[Oid] | None, Tid]
 
@@ -109,13 +102,10 @@ class Transactions:
         self.by_ttid: dict[Tid, Transaction] = {}
         self._locks: dict[Oid, Transaction] = {}
         self.queues = WaitQueues()
-        # LOCKED and UNLOCKED ones, in order of their locks; and those by oid stored.
-        self._unapplied: dict[Tid, Transaction] = {}
-        self.pending: dict[Oid, list[Transaction]] = {}
+        self.pending = Pending(backend, writer)
         self._memory = 0
         self._freed: deque[Oid] = deque()  # whose waiters must be looked at
         self._serving = False
-        self._reads: dict[Connection, int] = {}
         self._watching = False
         self.is_over = False
 
@@ -194,18 +184,11 @@ class Transactions:
                 return outcome
         if access == ABSENT:
             return IGNORED
-        current = self.last_tid_of(oid)
+        current = self.pending.last_tid_of(oid)
         if current is None or current == demand.serial:
             return GRANTED
         # A lesser tid would be no conflict that its client could resolve.
         return current if current > demand.serial else UNKNOWN
-
-    def last_tid_of(self, oid: Oid) -> Tid | None:
-        """Tid of the last committed revision, applied or not."""
-        for transaction in reversed(self.pending.get(oid, ())):
-            if transaction.state == UNLOCKED:
-                return transaction.tid
-        return self._backend.last_tid_of(oid)
 
     def _park(self, demand: Demand, is_deadlock: bool) -> None:
         if self.queues.size(demand.conn) > LIMIT:
@@ -271,7 +254,7 @@ class Transactions:
         """Whether the revision that an undo copies is here, or need not be."""
         return (
             self.access[_u64(oid)[0] % self._np] != READABLE
-            or any(t.tid == tid for t in self.pending.get(oid, ()))
+            or any(t.tid == tid for t in self.pending.by_oid.get(oid, ()))
             or self._backend.has_revision(oid, tid)
         )
 
@@ -489,13 +472,7 @@ class Transactions:
             raise ProtocolError(f"{ttid.hex()} can't become {tid.hex()}")
         transaction.state = LOCKED
         transaction.tid = tid
-        self._unapplied[ttid] = transaction
-        pending = self.pending
-        for oid in transaction.writes:
-            if oid in pending:
-                pending[oid].append(transaction)
-            else:
-                pending[oid] = [transaction]
+        self.pending.add(transaction)
         reply = conn.defer()
 
         def locked(result: None = None) -> None:
@@ -526,23 +503,16 @@ class Transactions:
             self._release(transaction, oid)
         transaction.blind.clear()
         self._end([ttid])
-        readers, transaction.readers = transaction.readers, []
-        self._resume(readers)
+        self.pending.resume(transaction)
 
     def _applied(self, transaction: Transaction) -> None:
         """The database shows the transaction."""
         if self.is_over:
             return
         del self.by_ttid[transaction.ttid]
-        del self._unapplied[transaction.ttid]
-        for oid in transaction.writes:
-            users = self.pending[oid]
-            users.remove(transaction)
-            if not users:
-                del self.pending[oid]
         self._memory -= transaction.memory
-        readers, transaction.readers = transaction.readers, []
-        self._resume(readers)
+        self.pending.remove(transaction)
+        self.pending.resume(transaction)
 
     # --- abort --------------------------------------------------------------------
 
@@ -679,7 +649,7 @@ class Transactions:
                 del transaction.blind[oid]
                 write = transaction.writes.get(oid)
                 serial = write.serial if write else transaction.checks.get(oid)
-                current = self.last_tid_of(oid)
+                current = self.pending.last_tid_of(oid)
                 if current is None or serial is None or current <= serial:
                     continue
                 if transaction.state == OPEN:
@@ -689,83 +659,6 @@ class Transactions:
         self._serve()
 
     # --- reads --------------------------------------------------------------------
-
-    def load_pending(
-        self, oid: Oid, at: Tid | None, before: Tid | None
-    ) -> Revision | Transaction | None:
-        """Read an object that is pending.
-
-        A transaction is returned if the read must wait for it.
-        """
-        users = self.pending[oid]
-        # Those that the answer depends on come first, by increasing tid.
-        visible = [t for t in users if _is_visible(t, at, before)]
-        if not visible:
-            revision = self._backend.load(oid, at, before)
-            if revision is None or revision[1] is not None:
-                return revision
-            tid, _, compression, checksum, data, value_tid = revision
-            return tid, users[0].tid, compression, checksum, data, value_tid
-        last = visible[-1]
-        write = last.writes[oid]
-        value = write.value
-        if (
-            at is not None
-            or last.state != UNLOCKED
-            or write.value_tid is not None
-            or isinstance(value, int)
-        ):
-            return last
-        assert last.tid is not None
-        following = users[users.index(last) + 1 :]
-        next_tid = following[0].tid if following else None
-        if value is None:
-            return last.tid, next_tid, None, ZERO_HASH, b"", None
-        checksum, data, compression = value
-        return last.tid, next_tid, compression, checksum, data, None
-
-    def unapplied_until(self, bound: Tid) -> Transaction | None:
-        """The last transaction that a read of tids <= `bound` must wait for."""
-        result = None
-        for transaction in self._unapplied.values():
-            assert transaction.tid is not None
-            if transaction.tid <= bound:
-                result = transaction
-        return result
-
-    def unapplied_at(self, tid: Tid) -> Transaction | None:
-        """The transaction that is known by this tid, if it isn't applied."""
-        for transaction in self._unapplied.values():
-            if transaction.tid == tid:
-                return transaction
-        return None
-
-    def wait(
-        self, conn: Connection, transaction: Transaction, resume: Callable[[], object]
-    ) -> None:
-        """Call `resume` when something happened to a LOCKED or UNLOCKED transaction.
-
-        That is, when it is unlocked or applied: `resume` looks again, and may wait
-        again. An UNLOCKED one is applied now.
-        """
-        count = self._reads.get(conn, 0)
-        if count >= READS_MAX:
-            raise not_ready("too many reads wait")
-        self._reads[conn] = count + 1
-        transaction.readers.append(Reading(conn, resume))
-        if transaction.state == UNLOCKED:
-            self._writer.flush()
-
-    def _resume(self, readers: list[Reading]) -> None:
-        for reading in readers:
-            conn = reading.conn
-            count = self._reads[conn] - 1
-            if count:
-                self._reads[conn] = count
-            else:
-                del self._reads[conn]
-            if not conn.closed:
-                reading.resume()
 
     def written(self, ttid: Tid) -> dict[Oid, Tid]:
         """What a transaction wrote, for `undo_serials`: value_tid, or the ttid."""
@@ -806,7 +699,7 @@ class Transactions:
             assert transaction.memory == sum(
                 write.size for write in transaction.writes.values()
             ), transaction
-            assert (transaction.state >= LOCKED) == (ttid in self._unapplied), ttid
+            assert (transaction.state >= LOCKED) == (ttid in self.pending), ttid
             assert (transaction.tid is None) == (transaction.state <= VOTED)
             assert transaction.state == OPEN or not transaction.waiting, ttid
             assert transaction.state >= LOCKED or not transaction.readers, ttid
@@ -835,22 +728,4 @@ class Transactions:
                 or holder.state != OPEN
                 or oid in holder.notified
             ), (oid, holder, first)
-        for oid, users in self.pending.items():
-            tids = [t.tid for t in users if t.tid is not None]
-            assert len(tids) == len(users), oid
-            assert tids == sorted(tids), (oid, tids)
-            assert all(oid in t.writes for t in users), oid
-        for conn, count in self._reads.items():
-            waiting = sum(
-                r.conn is conn for t in self._unapplied.values() for r in t.readers
-            )
-            assert waiting == count, (conn, count, waiting)
-
-
-def _is_visible(transaction: Transaction, at: Tid | None, before: Tid | None) -> bool:
-    """Whether a read may see what a transaction that has its tid stored."""
-    tid = transaction.tid
-    assert tid is not None
-    if at is not None:
-        return tid <= at
-    return before is None or tid < before
+        self.pending.check()

@@ -38,7 +38,7 @@ from neo.lib.protocol import (
     NotifyDeadlock,
     NotifyUnlockInformation,
 )
-from neo.storage import transactions
+from neo.storage import pending, transactions
 from neo.storage.database.memory import MemoryBackend
 
 from .storage_harness import OUT, UP, Harness, Peer, number
@@ -687,7 +687,7 @@ def test_lost_reader_is_forgotten(h: Harness) -> None:
 
 
 def test_too_many_waiting_reads(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transactions, "READS_MAX", 2)
+    monkeypatch.setattr(pending, "READS_MAX", 2)
     c, d = h.client(), h.client(2)
     c.store(T1, A, b"1")
     c.vote(T1, A)
