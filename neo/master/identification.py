@@ -83,15 +83,16 @@ class Identification(Handler):
 
     def _replace_silent(self, claim: Claim) -> None:
         """Drop a connection that is dead, but not known to be (behaviour 12.1 D5)."""
-        master = self.master
+        master, kind = self.master, claim.kind
         node = master.nodes.by_address(claim.address)
         if node is None or node.connection is None:
             return
         silence = master.runtime.monotonic() - node.connection.last_received
         if (
             silence >= master.limits.ping_after
-            and node.type is claim.kind
-            and (claim.nid is None or claim.nid == node.nid)
+            and node.type is kind
+            # Temporary ids may have changed since.
+            and (kind is not NodeType.STORAGE or claim.nid in (None, node.nid))
         ):
             node.connection.close("replaced by a new connection of the same node")
 

@@ -474,6 +474,18 @@ def test_a_running_cluster_keeps_its_primary() -> None:
     assert node.state is DOWN
 
 
+def test_a_secondary_returns_before_its_loss_is_noticed() -> None:
+    """It gives itself another nid than it had; seed 3065 of simulated power losses."""
+    world = World(masters=3)
+    world.until(lambda: elected(world, 3))
+    primary = primaries(world)[0]
+    other = next(n for n in ("M2", "M1", "M0") if n != primary)
+    world.sim.crash(other, silent=True)
+    world.settle(4)
+    world.start_master(int(other[1:]))
+    world.until(lambda: elected(world, 3), within=5)
+
+
 def test_takeover_while_running() -> None:
     """Scenario 1: the cluster runs again by itself, with the storage's data."""
     world = cluster(1, replicas=0, masters=2)
