@@ -235,6 +235,7 @@ class Cluster:
                 child.wait(max(0.0, deadline - time.monotonic()))
 
 
+# The lines of Python are not indented: they can be pasted into an interpreter.
 INSTRUCTIONS = """\
 NEO cluster {name!r} is running: {count}, data in {directory}
 
@@ -251,10 +252,13 @@ NEO cluster {name!r} is running: {count}, data in {directory}
     </zodb_db>
 
   Python
-    import ZODB, transaction
-    from neo.client.Storage import Storage
-    db = ZODB.DB(Storage(master_nodes="{masters}", name="{name}"))
-    root = db.open().root()
+
+import transaction, ZODB
+from neo.client.Storage import Storage
+db = ZODB.DB(Storage(master_nodes="{masters}", name="{name}"))
+root = db.open().root()
+root["hello"] = "world"
+transaction.commit()
 
   Control   neoctl -a {admin} print summary
 

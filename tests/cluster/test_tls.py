@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import ZODB
-from neo.client.Storage import Storage
 
 from neo.client.exception import NEOStorageError
+from neo.client.Storage import Storage
 from neo.scripts import neoctl
 
 from .harness import Cluster, until
