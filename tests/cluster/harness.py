@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -37,6 +38,8 @@ PATIENCE = 30.0  # seconds for what normally takes a few milliseconds
 
 _context: ForkServerContext = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+# Now, because some suites replace the folder for temporary files during a test.
+multiprocessing.util.get_temp_dir()  # type: ignore[attr-defined]
 
 
 def until(
