@@ -184,6 +184,18 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
     # --- information ------------------------------------------------------------------
 
     @property
+    def _tid(self) -> bytes:
+        # ZODB's BlobStorage names files after it while a transaction is committed:
+        # without an error, blobs would be lost.
+        raise POSException.Unsupported(
+            "NEO stores no blobs: the tid is not known before the end of the commit"
+        )
+
+    @_tid.setter
+    def _tid(self, tid: bytes) -> None:
+        """Forget what the constructor of BaseStorage sets."""
+
+    @property
     def _cache(self) -> Any:
         return self._core.cache
 
@@ -243,6 +255,9 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._runtime.close()
         if self._logger is not None:
             self._logger.close()
+
+    def cleanup(self) -> None:
+        """Nothing to remove here: the data are those of the cluster."""
 
     # --- reading ----------------------------------------------------------------------
 
