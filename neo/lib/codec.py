@@ -7,7 +7,7 @@ from typing import Any
 
 from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
 
-from .protocol import decode_extension
+from .protocol import decode_extension, shorten
 
 Message = tuple[int, int, tuple[Any, ...]]
 
@@ -144,4 +144,4 @@ def _checked(message: Any) -> Message:
             and 0 <= msg_id <= 0xFFFFFFFF
         ):
             return message
-    raise Malformed(f"not a packet: {ascii(message)[:80]}")
+    raise Malformed(f"not a packet: {shorten(message)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .exception import NeoError, ProtocolError
 from .protocol import BY_CODE, ErrorCode, Packet
@@ -96,8 +96,3 @@ def refuse(conn: Connection, msg_id: int, error: Refused) -> None:
     conn.error(msg_id, error.code, str(error))
     if error.close:
         conn.abort()
-
-
-def describe(value: Any) -> str:
-    """Short text of a value that a peer sent."""
-    return ascii(value)[:80]

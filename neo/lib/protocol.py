@@ -11,6 +11,7 @@ A admin, ctl the control tool.
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -207,7 +208,7 @@ class Packet(Generic[P]):
             return f"{self.name}: {self.arity} arguments expected, {len(args)} received"
         for (name, hint), value in zip(self.fields.items(), args, strict=True):
             if not _validator({name: hint})((value,)):
-                return f"{self.name}: invalid {name} {ascii(value)[:80]}"
+                return f"{self.name}: invalid {name} {shorten(value)}"
         return f"{self.name}: valid"
 
 
@@ -221,6 +222,18 @@ def snake(name: str) -> str:
     return SNAKE.sub(
         "_", name.replace("TIDs", "Tids").replace("OIDs", "Oids").replace("IDs", "Ids")
     ).lower()
+
+
+def shorten(value: Any, depth: int = 3) -> str:
+    """ASCII text of what a peer sent, bounded in size, cost and recursion."""
+    if isinstance(value, bytes | str):
+        return ascii(value[:40]) + ("..." if len(value) > 40 else "")
+    if isinstance(value, tuple | dict) and not isinstance(value, WireEnum):
+        if not depth:
+            return "..."
+        first = [shorten(item, depth - 1) for item in itertools.islice(value, 4)]
+        return f"({', '.join(first)}{', ...' if len(value) > 4 else ''})"
+    return ascii(value)[:80]
 
 
 def packet(
