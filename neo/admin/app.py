@@ -17,7 +17,7 @@ from neo.lib.bootstrap import Bootstrap, Identity
 from neo.lib.config import Limits
 from neo.lib.connection import Connection, Reply
 from neo.lib.exception import ProtocolError
-from neo.lib.handler import Handler, Refused, not_ready
+from neo.lib.handler import Handler, denied, not_ready
 from neo.lib.node import NodeManager, as_row, wire_address
 from neo.lib.protocol import (
     AddPendingNodes,
@@ -326,10 +326,7 @@ class ToolHandler(Handler):
         self._primary()
         pt = self.admin.pt
         if last > pt.np or (last and first >= last) or (first and first >= pt.np):
-            raise Refused(
-                ErrorCode.PROTOCOL_ERROR,
-                f"invalid range of partitions: there are {pt.np}",
-            )
+            raise denied(f"invalid range of partitions: there are {pt.np}")
         rows = pt.as_rows(first, last or None)
         if nid is not None:
             rows = [[cell for cell in row if cell[0] == nid] for row in rows]
@@ -371,6 +368,8 @@ class ToolHandler(Handler):
         id_timestamp: float | None,
         extra: Mapping[bytes, Any],
     ) -> None:
+        if node_type is not NodeType.ADMIN:
+            raise ProtocolError("this is an admin node, no master")
         name = cluster_name.decode(errors="replace")
         raise ProtocolError(f"cluster {name!r} is not monitored by this admin")
 

@@ -146,7 +146,9 @@ class Bootstrap(Handler):
     ) -> None:
         """We belong to the cluster."""
         if node_type is not NodeType.MASTER or nid is None or your_nid is None:
-            raise ProtocolError(f"a master was expected at {conn.address}")
+            raise ProtocolError(
+                f"a master was expected at {format_address(conn.address)}"
+            )
         self.searching = False
         self.conn = None
         self.failure = ""

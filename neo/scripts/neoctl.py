@@ -99,6 +99,7 @@ class Tool(Handler):
         self.runtime = runtime
         self.admin = admin
         self.conn: Connection | None = None
+        self.answered = False
 
     def _connection(self) -> Connection:
         if self.conn is None or self.conn.closed:
@@ -118,7 +119,7 @@ class Tool(Handler):
         if conn.closed:
             raise LostError(
                 f"ERROR: not connected to admin {format_address(self.admin)}:"
-                f" {conn.reason}"
+                f" {conn.reason} (is neoadmin running there? see --address)"
             )
         answers: list[tuple[int | None, Any]] = []
         conn.ask(packet, *args, **_).then(
@@ -129,12 +130,16 @@ class Tool(Handler):
             self.runtime.turn()
         code, answer = answers[0]
         if code == ErrorCode.ACK:
+            self.answered = True
             return answer
         if code is None:
             hint = ""
             if not conn.packets_received and self.runtime.tls is None:
                 hint = " (does the admin require TLS?)"
             raise LostError(f"ERROR: Connection closed: {answer}{hint}")
+        if code == ErrorCode.PROTOCOL_ERROR and not self.answered:
+            where = format_address(self.admin)
+            raise CommandError(f"ERROR: {where} is probably no admin node: {answer}")
         if code == ErrorCode.NOT_READY:
             raise CommandError(f"ERROR: {answer}")
         raise CommandError(answer or f"ERROR: {code}")

@@ -148,22 +148,26 @@ def open_neo(args: argparse.Namespace, addresses: str, read_only: bool) -> Any:
 
     names = ("ca", "cert", "key")
     paths = check_tls(*(getattr(args, name, None) for name in names))
+    credentials: dict[str, Any] = dict(zip(names, paths, strict=True)) if paths else {}
     found = masters(addresses)
     return Storage(
         master_nodes=" ".join(map(format_address, found)),
         name=args.cluster,
         read_only=read_only,
         logfile=getattr(args, "logfile", None),
-        **(dict(zip(names, paths, strict=True)) if paths else {}),
+        **credentials,
     )
 
 
 def open_file(path: str, read_only: bool) -> Any:
     """A FileStorage. Raises ConfigurationError."""
     from ZODB.FileStorage import FileStorage
+    from ZODB.FileStorage.FileStorage import FileStorageFormatError
 
     try:
         return FileStorage(path, read_only=read_only)
+    except FileStorageFormatError as error:
+        raise ConfigurationError(f"{path} is no FileStorage") from error
     except Exception as error:  # it raises many kinds
         raise ConfigurationError(f"cannot open FileStorage {path}: {error}") from error
 

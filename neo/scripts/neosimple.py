@@ -55,12 +55,16 @@ def free_port(host: str, preferred: int) -> int:
     """`preferred` if it is free, else any port that is."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in (preferred, 0):
-        with socket.socket(family) as sock, contextlib.suppress(OSError):
+        with socket.socket(family) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
+            try:
+                sock.bind((host, port))
+            except OSError as error:
+                problem = error.strerror or str(error)
+                continue
             number: int = sock.getsockname()[1]
             return number
-    raise ConfigurationError(f"no free port on {host}")
+    raise ConfigurationError(f"cannot listen on {host}: {problem}")
 
 
 def listening(address: Address) -> bool:
@@ -287,6 +291,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port_number(text: str) -> int:
+    """A number that a port can have."""
+    if (port := positive(text)) > 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text} is greater than {0xFFFF}")
+    return port
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
@@ -308,7 +319,7 @@ def build_parser() -> Parser:
         help="partitions (default: 12)")  # fmt: skip
     add("--bind", default="127.0.0.1", metavar="HOST",
         help="numeric address to listen on (default: 127.0.0.1)")  # fmt: skip
-    add("--port", type=positive, metavar="PORT",
+    add("--port", type=port_number, metavar="PORT",
         help=f"port of the first master (default: {MASTER_PORT} if free)")  # fmt: skip
     add("--adapter", default="SQLite", choices=("SQLite",),
         help="database of the storages (default: SQLite)")  # fmt: skip
@@ -339,8 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(directory, load_shape(directory, args))
     except zc.lockfile.LockError:
         problem = f"{directory} is used by another neosimple"
+    except FileExistsError as error:
+        problem = f"{error.filename} is a file: a directory is expected"
     except OSError as error:
-        problem = f"{error.filename or directory}: {error.strerror}"
+        problem = f"cannot use {error.filename or directory}: {error.strerror}"
     except ConfigurationError as error:
         problem = str(error)
     except KeyboardInterrupt:

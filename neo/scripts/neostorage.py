@@ -46,6 +46,10 @@ def check(settings: Settings) -> None:
             f"adapter {settings.adapter} ({where}) is not available in this version:"
             " use --adapter SQLite"
         )
+    if settings.database == ":memory:":
+        raise ConfigurationError(
+            "database :memory: would lose everything at exit: give the path of a file"
+        )
     if settings.engine:
         raise ConfigurationError(
             f"engine {settings.engine} is for MySQL, the adapter is {settings.adapter}"

@@ -91,7 +91,7 @@ class Identification(Handler):
             raise not_ready("not operational")
         if nid is None:
             if node_type is not NodeType.STORAGE:
-                raise ProtocolError("a node id is needed")
+                raise ProtocolError("a node id is needed: this is a storage, no master")
             conn.handler = node.operation.peer_handler
             conn.trust()
             node.operation.peer_handler.accepted(conn, None)
