@@ -165,20 +165,19 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     def after_fork_child(self) -> None:
         """Forget the parent's connections; the first use makes new ones."""
-        old, runtime = self._core, self._runtime
-        runtime.abandon()
+        old = self._core
+        if old.closed:
+            self._runtime.__exit__(None, None, None)
+            return
+        self._runtime.abandon()
         assert self._logger is not None
         self._logger.after_fork()
         self._transactions = {}
         self._upcoming = deque()
-        closed = old.closed
         self._new_core()
         self._core.last_tid = old.last_tid
         self._core.db = self._db
         self._core.wait_for_pack = old.wait_for_pack
-        if closed:
-            self._core.close()
-            self._runtime.close()
         # The first use compares last tids, as after any loss of the master.
 
     # --- information ------------------------------------------------------------------

@@ -606,10 +606,9 @@ class ShellRuntime:
         """
         for transport in self.transports.values():
             transport.sock.close()
-        for waiter in (*self._waiters, *self._spare):
+        for waiter in self._waiters:
             waiter.close()
-        self.epoll.close()
-        os.close(self._waker)
+        self._release()
 
 
 # --- fork -----------------------------------------------------------------------------
