@@ -518,6 +518,9 @@ class ShellRuntime:
             action()
         except Exception as error:
             self.log.exception("error in the client: %s", error)
+            # What was being handled can't be trusted: begin a new session.
+            for transport in list(self.transports.values()):
+                transport.conn.close("internal error")
             self.on_broken()
         finally:
             self._dispatching = False
