@@ -41,6 +41,11 @@ OID = p64(5)
 LAST = p64(100)
 
 
+def here(address: Address) -> tuple[bytes, int]:
+    """As on the wire."""
+    return address[0].encode(), address[1]
+
+
 class Transport:
     """Bytes go to a script, which answers with bytes."""
 
@@ -175,8 +180,8 @@ class Fake:
                     None,
                 ),
                 *(
-                    (NodeType.STORAGE, (h.encode(), p), nid, NodeState.RUNNING, 1.0)
-                    for nid, (h, p) in STORAGES.items()
+                    (NodeType.STORAGE, here(a), nid, NodeState.RUNNING, 1.0)
+                    for nid, a in STORAGES.items()
                 ),
             ]
             row = [(nid, CellState.UP_TO_DATE) for nid in STORAGES]
@@ -185,7 +190,6 @@ class Fake:
                 ("NotifyNodeInformation", self.timestamp, nodes),
                 ("SendPartitionTable", 1, 1, [row, row]),
             ]
-        nid = len([1 for _, name, _ in self.seen if name == "RequestIdentification"])
         nid = next(
             n for n, address in STORAGES.items() if address[1] == self.seen[-1][0]
         )
@@ -389,7 +393,7 @@ def test_starvation_takes_the_lock(world: Fake, app: ClientApp) -> None:
     resolved = 0
     while True:
         while (work := txn.next_conflict()) is not None:
-            version, tid = work
+            tid = work[1]
             resolved += 1
             record = 0, sha1(b"m").digest(), b"m"
             txn.store_resolved(OID, tid, b"m", record)
