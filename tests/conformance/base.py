@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import transaction
-from neo.client.Storage import Storage
 from ZODB.tests.StorageTestBase import StorageTestBase
 
+from neo.client.Storage import Storage
 from tests.cluster.harness import Cluster
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,12 @@ from ZODB.tests import (
 from ZODB.tests.testMVCCMappingStorage import MVCCTests
 
 from .base import NEOTestCase
+
+pytestmark = [
+    # ZODB's suites leave files and iterators to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 PACK = pytest.mark.xfail(reason="storages do not pack yet", strict=True)
 
@@ -89,8 +96,43 @@ class RecoveryTests(NEOTestCase, RecoveryStorage.RecoveryStorage):
             self.other.close()
 
 
+class LastRecords:
+    """A FileStorage, less the records that a later one of the transaction replaces."""
+
+    def __init__(self, storage: FileStorage) -> None:
+        self.storage = storage
+
+    def iterator(self) -> Iterator[Any]:
+        for transaction in self.storage.iterator():
+            records = {record.oid: record for record in transaction}
+            yield Replaced(transaction, list(records.values()))
+
+
+class Replaced:
+    """A transaction with other records."""
+
+    def __init__(self, transaction: Any, records: list[Any]) -> None:
+        self._transaction = transaction
+        self._records = records
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transaction, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._records)
+
+
 class RecoveryFromFileTests(RecoveryTests):
     """From a FileStorage to a cluster."""
+
+    def testRestoreWithMultipleUndoRedo(self) -> None:
+        # Undoing several transactions in one makes FileStorage write several records
+        # of an object; NEO has at most one record per transaction and object.
+        def compare(storage1: Any, storage2: Any) -> None:
+            RecoveryTests.compare(self, LastRecords(storage1), storage2)
+
+        self.compare = compare
+        super().testRestoreWithMultipleUndoRedo()
 
     def open(self, **options: Any) -> None:
         self._storage = FileStorage("Source.fs", create=True, **options)
@@ -151,11 +193,30 @@ class ZEOInvalidationTests(NEOTestCase, InvalidationTests):
 
 for name in dir(ZEOInvalidationTests):
     if name.startswith("check"):
-        setattr(
-            ZEOInvalidationTests, f"test{name[5:]}", getattr(ZEOInvalidationTests, name)
-        )
+        test = getattr(ZEOInvalidationTests, name)
+        setattr(ZEOInvalidationTests, f"test{name[5:]}", test)
 
-for case in (OneStorageTests, ThreeStoragesTests):
-    for name in dir(case):
-        if name.startswith("test") and "Pack" in name:
-            setattr(case, name, PACK(getattr(case, name)))
+# Where a test passes without anything being packed, it must go on doing so.
+NEEDS_PACK = """
+testPackJustOldRevisions
+testPackAllRevisions
+testPackAllRevisionsNoGC
+testPackUndoLog
+testPackUnlinkedFromRoot
+testPackOnlyOneObject
+testPackWithMultiDatabaseReferences
+testTransactionalUndoAfterPackWithObjectUnlinkFromRoot
+testTransactionalUndoAfterPack
+testPackWithGCOnDestinationAfterRestore
+"""
+
+for suite in (
+    OneStorageTests,
+    ThreeStoragesTests,
+    RecoveryTests,
+    RecoveryFromFileTests,
+):
+    for name in NEEDS_PACK.split():
+        if hasattr(suite, name):
+            setattr(suite, name, PACK(getattr(suite, name)))
+del suite, test
