@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import sha1
-from random import Random
+from random import Random  # noqa: TID251 seeded
 from typing import Any
 
 import pytest
