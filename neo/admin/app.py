@@ -100,7 +100,13 @@ class Admin:
                 self.nodes.add(NodeType.MASTER, None, address)
         self._from_master = MasterHandler(self)
         self._from_tool = ToolHandler(self)
-        self._bootstrap = Bootstrap(runtime, self.nodes, self._identity, self._accepted)
+        self._bootstrap = Bootstrap(
+            runtime,
+            self.nodes,
+            self._identity,
+            self._accepted,
+            timeout=options.limits.master_timeout,
+        )
 
     # --- life -------------------------------------------------------------------------
 

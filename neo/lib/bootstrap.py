@@ -39,7 +39,8 @@ class Bootstrap(Handler):
 
     `accepted` must set the connection's handler before it returns; `conn.node` is the
     primary then. `refused(code, text)` is told each Error (PROTOCOL_ERROR,
-    NOT_READY...), after which the search goes on unless `stop()` is called.
+    NOT_READY...), after which the search goes on unless `stop()` is called. A master
+    that does not answer within `timeout` seconds is left for the next one.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Bootstrap(Handler):
         identity: Callable[[], Identity],
         accepted: Callable[[Connection, int], object],
         refused: Callable[[int, str], object] = lambda code, text: None,
+        timeout: float = IDENTIFICATION_TIMEOUT,
     ) -> None:
         super().__init__()
         self.runtime = runtime
@@ -56,6 +58,7 @@ class Bootstrap(Handler):
         self.identity = identity
         self.accepted = accepted
         self.refused = refused
+        self.timeout = timeout
         self.conn: Connection | None = None
         self.searching = False
         # What the search is busy with, and why the last attempt failed: for messages.
@@ -99,9 +102,9 @@ class Bootstrap(Handler):
     def connected(self, conn: Connection) -> None:
         conn.ask(RequestIdentification, *self.identity())
         conn.trust()
-        self.runtime.call_later(IDENTIFICATION_TIMEOUT, lambda: self._timeout(conn))
+        self.runtime.call_later(self.timeout, lambda: self._expired(conn))
 
-    def _timeout(self, conn: Connection) -> None:
+    def _expired(self, conn: Connection) -> None:
         if conn.handler is self:
             conn.close("no answer to the identification")
 

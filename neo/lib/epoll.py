@@ -164,7 +164,9 @@ class EpollRuntime:
         delay = self._throttle.delay(address, time.monotonic())
 
         def start() -> None:
-            if not conn.closed:
+            if conn.closed:
+                self._throttle.cancelled(address)
+            else:
                 try:
                     transport.connect(address)
                 except OSError as error:

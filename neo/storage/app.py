@@ -99,7 +99,12 @@ class StorageNode:
         self.last_pack = ZERO_TID  # id of the last approved pack order known
         self.identification = Identification(self)
         self.bootstrap = Bootstrap(
-            runtime, self.nodes, self._identity, self._accepted, self._refused
+            runtime,
+            self.nodes,
+            self._identity,
+            self._accepted,
+            self._refused,
+            options.limits.master_timeout,
         )
         self._refusals = 0
         self._expects_all_nodes = False
