@@ -17,11 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from neo.client.Storage import Storage
-
 from neo.lib.util import Address, format_address
 from neo.scripts import neoctl
 
@@ -244,9 +244,9 @@ class Cluster:
 
     # --- access -------------------------------------------------------------------
 
-    def storage(self, **options: Any) -> Storage:
+    def storage(self, kind: type[Storage] = Storage, **options: Any) -> Storage:
         """A client; closed with the cluster."""
-        storage = Storage(master_nodes=self.master_nodes, name=self.name, **options)
+        storage = kind(master_nodes=self.master_nodes, name=self.name, **options)
         self._clients.append(storage)
         return storage
 
@@ -263,7 +263,10 @@ class Cluster:
     def neoctl(self, *args: str) -> tuple[int, str, str]:
         """(exit status, stdout, stderr) of a neoctl command."""
         out, err = io.StringIO(), io.StringIO()
-        tls = [o for o in self.options if not o.startswith("--limit")]
+        pairs = pairwise(self.options)
+        tls = [
+            t for pair in pairs if pair[0] in ("--ca", "--cert", "--key") for t in pair
+        ]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = neoctl.main(["-a", format_address(self.admin), *tls, *args])
         return status, out.getvalue(), err.getvalue()
