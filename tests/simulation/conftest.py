@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SEEDS = 100  # of `make test`
+SEEDS = int(os.environ.get("NEO_SEEDS", 100))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,13 +37,14 @@ def base_seed() -> str:
 
 def drawn_seeds(config: pytest.Config) -> list[int]:
     """The seeds to run: those asked for, else some drawn from `base_seed()`."""
-    asked = config.getoption("--seed")
+    # This file may be loaded too late for its options to exist.
+    asked = config.getoption("--seed", None)
     if asked:
         return [int(seed) for seed in asked]
     base = base_seed()
     return [
         int.from_bytes(hashlib.sha256(f"{base}:{i}".encode()).digest()[:6], "big")
-        for i in range(config.getoption("--seeds"))
+        for i in range(config.getoption("--seeds", SEEDS))
     ]
 
 
