@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,19 @@ import msgpack
 import pytest
 import transaction
 import ZODB
+from ZODB.Connection import TransactionMetaData
 
+from neo.client.exception import NEOStorageError
 from neo.lib.protocol import (
     BY_CODE,
     HANDSHAKE,
+    AcceptIdentification,
+    AskObject,
     CellState,
     NodeType,
+    NotifyNodeInformation,
     Packet,
+    Ping,
     RequestIdentification,
 )
 from neo.lib.util import Address, parse_address
@@ -155,6 +163,20 @@ def streams() -> dict[str, bytes]:
 STREAMS = streams()
 
 
+def listeners(pid: int | None) -> str:
+    """Ports a process listens on, each followed by a space."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(fd))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return "".join(
+        f":{int(row[1].rpartition(':')[2], 16)} "
+        for row in rows[1:]
+        if row[3] == "0A" and f"socket:[{row[9]}]" in inodes
+    )
+
+
 def commit_and_read(cluster: Cluster) -> None:
     with cluster.client() as storage:
         db = ZODB.DB(storage)
@@ -255,3 +277,166 @@ def test_descriptors_exhausted(tmp_path: Path) -> None:
             until(lambda: cluster.neoctl("print", "ids")[0] == 0)
         commit_and_read(cluster)
         assert "Traceback" not in cluster.said("master1")
+
+
+class Peer:
+    """A client that speaks the protocol, as slowly or as rudely as a test wants."""
+
+    def __init__(self, address: Address, master: Peer | None = None) -> None:
+        self.sock = socket.create_connection(address, 30)
+        self.nid: int | None = master and master.nid
+        self.since: float | None = master and master.since
+        self._unpacker = msgpack.Unpacker(max_buffer_size=1 << 30)
+        self._greeted = b""
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def hello(self) -> bytes:
+        """Bytes of handshake and identification."""
+        return HANDSHAKE + identification(
+            NodeType.CLIENT, self.nid, id_timestamp=self.since
+        )
+
+    def receive(self) -> tuple[int, int, Any]:
+        """The next packet. EOFError at the end."""
+        while True:
+            for message in self._unpacker:
+                return tuple(message)  # type: ignore[return-value]
+            if not (data := self.sock.recv(65536)):
+                raise EOFError
+            missing = len(HANDSHAKE) - len(self._greeted)
+            self._greeted += data[:missing]
+            self._unpacker.feed(data[missing:])
+
+    def identified(self) -> Peer:
+        """Return once accepted; by a master: and known to all."""
+        by_storage = self.since is not None
+        while True:
+            _, code, args = self.receive()
+            if code == AcceptIdentification.code:
+                self.nid = args[2]
+                if by_storage:
+                    return self
+            elif code == NotifyNodeInformation.code:
+                for _, _, nid, _, since in args[1]:
+                    if nid == self.nid and since is not None:
+                        self.since = since
+                        return self
+
+
+def test_slow_sender(cluster: Cluster) -> None:
+    """Byte by byte is welcome, but not for ever."""
+    address = cluster.masters[0]
+    with Peer(address) as peer, Peer(address) as endless:
+        for byte in peer.hello():
+            peer.sock.sendall(bytes((byte,)))
+            time.sleep(0.005)
+        peer.identified()
+        commit_and_read(cluster)
+        # Something arrives all the time, but no packet.
+        endless.sock.sendall(HANDSHAKE + b"\x93\x00\x01\x91\xc5\xff\xff")
+        endless.sock.settimeout(0.1)
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError, EOFError):
+            while time.monotonic() < start + 30:
+                endless.sock.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    endless.receive()
+        assert time.monotonic() < start + 20  # normally 10
+
+
+def test_never_reading_peer(cluster: Cluster) -> None:
+    """What waits for it is bounded, and others don't wait for it."""
+    data = random.Random(1).randbytes(1 << 20)
+    oid = bytes.fromhex("00000000000ffff0")
+    with cluster.client(compress=False) as storage:
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        storage.store(oid, bytes(8), data, "", txn)
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+    address = next(
+        address
+        for nid, address in sorted(ports(cluster).items())
+        if nid.startswith("S")
+        and cluster.neoctl("print", "pt", "0", "1")[1].count(f"{nid} -")
+    )
+    name = next(
+        name
+        for name, process in cluster.processes.items()
+        if name.startswith("storage") and f":{address[1]} " in listeners(process.pid)
+    )
+    pid = cluster.processes[name].pid
+    before = rss(pid)
+    greatest = 0
+    with Peer(cluster.masters[0]) as peer:
+        peer.sock.sendall(peer.hello())
+        peer.identified()
+        with Peer(address, peer) as reader:
+            reader.sock.sendall(reader.hello())
+            reader.identified()
+            reader.sock.settimeout(1)
+            with contextlib.suppress(OSError):
+                for msg_id in range(1, 1000):
+                    reader.sock.sendall(
+                        packet(msg_id, AskObject.code, (oid, None, None))
+                    )
+                    greatest = max(greatest, rss(pid))
+            until(lambda: closed(reader.sock), "closed")
+            greatest = max(greatest, rss(pid))
+            commit_and_read(cluster)
+    assert greatest - before < 300 << 20
+    assert cluster.processes[name].is_alive()
+
+
+def closed(sock: socket.socket) -> bool:
+    """Whether the peer closed, however much it sent before."""
+    sock.settimeout(10)
+    try:
+        return not sock.recv(1 << 20)
+    except ConnectionError:
+        return True
+
+
+def test_huge_message(cluster: Cluster) -> None:
+    """Nobody takes 300 MiB, even of a peer that is known."""
+    size = 300 << 20
+    with Peer(cluster.masters[0]) as peer:
+        peer.sock.sendall(peer.hello())
+        peer.identified()
+        pid = cluster.processes["master1"].pid
+        before = greatest = rss(pid)
+        sent = 0
+        with contextlib.suppress(OSError):
+            peer.sock.sendall(
+                b"\x93\x01" + msgpack.packb(Ping.code) + b"\x91\xc6"
+                + size.to_bytes(4, "big")
+            )  # fmt: skip
+            while sent < size:
+                peer.sock.sendall(bytes(1 << 20))
+                sent += 1 << 20
+                greatest = max(greatest, rss(pid))
+        assert sent < size
+        assert greatest - before < 600 << 20
+    commit_and_read(cluster)
+
+
+def test_object_limit(cluster: Cluster) -> None:
+    """60 MiB and no more, said before anything is sent."""
+    limit = 60 << 20
+    oid = bytes.fromhex("00000000000ffff1")
+    data = random.Random(2).randbytes(limit + 1)
+    with cluster.client(compress=False) as storage:
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        with pytest.raises(NEOStorageError, match=f"limit is {limit}"):
+            storage.store(oid, bytes(8), data, "", txn)
+        storage.store(oid, bytes(8), data[:limit], "", txn)
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+    with cluster.client() as storage:
+        assert storage.load(oid)[0] == data[:limit]
