@@ -612,9 +612,9 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     # --- pack, import -----------------------------------------------------------------
 
-    def pack(self, t: float, referencesf: Any = None) -> None:
+    def pack(self, t: float, referencesf: Any = None, gc: bool | None = None) -> None:
         """Order a pack: storages remove old revisions in background. No garbage is
-        collected.
+        collected: `gc` is there for the storages that wrap others and pass it.
         """
         self._check_writable()
         if referencesf is not None and "referencesf" not in _warned:
