@@ -15,6 +15,7 @@ CIPHERS = (
     ":!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM"
 )
 CLIENT_HELLO = 0x16  # first byte of a TLS stream
+ALERT = b"\x15\x03\x01\x00\x02\x02\x28"  # fatal: handshake failure
 RECORD = 1 << 16
 
 

@@ -6,6 +6,7 @@ Whoever polls sockets (the epoll loop of daemons, the threads of a client) calls
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -14,7 +15,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from .runtime import Transport
-from .tls import CLIENT_HELLO, TLSStream, explain
+from .tls import ALERT, CLIENT_HELLO, TLSStream, explain
 from .util import Address
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ class SocketTransport(Transport):
             self._first = False
             if self.conn.incoming and data[0] != CLIENT_HELLO:
                 text = "the peer does not speak TLS, and this node requires it"
+                with contextlib.suppress(OSError):
+                    self.sock.send(ALERT)  # from which a node of ours understands
                 self.conn.log.throttled(
                     ("tls", self.conn.address[0]), 30, "%s: %s", self.conn, text
                 )

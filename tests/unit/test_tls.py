@@ -17,7 +17,7 @@ from neo.lib.connection import Connection
 from neo.lib.epoll import EpollRuntime
 from neo.lib.exception import ConfigurationError
 from neo.lib.protocol import HANDSHAKE, AskNewOIDs, AskObject, NotifyReady
-from neo.lib.tls import TLS
+from neo.lib.tls import ALERT, TLS
 from tests.unit.test_epoll import PATIENCE, Peer, make_loop, plain, turn_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -242,11 +242,13 @@ def test_plain_client_and_tls_server(loops: Loops, files: tuple[str, str, str]) 
     b.connect(a.listen(("127.0.0.1", 0), server.accept), client)
     settle(a, b, lambda: server.reasons and client.reasons)
     assert server.reasons == ["the peer does not speak TLS, and this node requires it"]
+    assert client.reasons == ["the peer speaks TLS, and this node does not"]
     with plain(a._listeners[0][0].getsockname()) as sock:
         sock.sendall(HANDSHAKE)
         turn_until(a, lambda: len(server.reasons) == 2)
         sock.settimeout(PATIENCE)
         with suppress(ConnectionResetError):
+            assert sock.recv(100) == ALERT
             assert sock.recv(100) == b""
 
 
