@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,9 +12,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ZODB
+from ZODB.FileStorage import FileStorage
+from ZODB.POSException import StorageError
 
+from neo.client.Storage import Storage
 from neo.scripts import neolog
 
 from .harness import Cluster, free_port, until
@@ -286,3 +293,213 @@ db.close()
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
+
+
+def test_later_features(tmp_path: Path) -> None:
+    """What this version does not have is refused with a clear line."""
+    with Cluster(tmp_path) as cluster:
+        for args, expected in (
+            (("set", "cluster", "starting_backup"), "not available"),
+            (("set", "cluster", "stopping_backup"), "not available"),
+            (("truncate", "tid:1"), "first transaction|does nothing"),
+            (("kill", "S1"), "only readable"),
+        ):
+            status, out, err = cluster.neoctl(*args)
+            assert (status, out) == (1, ""), args
+            assert re.search(expected, one_line(err)), args
+        # Or it works already.
+        for args in (
+            ("check",),
+            ("check", ":"),
+            ("prune_orphan", "1", "all"),
+            ("set", "replicas", "1"),
+            ("set", "replicas", "0"),
+        ):
+            status, out, err = cluster.neoctl(*args)
+            assert status in (0, 1), (args, err)
+            assert len((out + err).strip().splitlines()) == 1, (args, out, err)
+        assert cluster.state() == "RUNNING"
+        for process in cluster.processes.values():
+            assert process.is_alive()
+
+
+def test_wrong_port(tmp_path: Path) -> None:
+    """A node of another kind is recognised by neoctl, a storage and a client."""
+    with Cluster(tmp_path) as cluster:
+        admin, cluster.admin = cluster.admin, cluster.masters[0]
+        status, out, err = cluster.neoctl("print", "cluster")
+        assert (status, out) == (1, "")
+        assert "no admin node" in one_line(err)
+        wrong = Cluster(tmp_path / "wrong")
+        wrong.masters = [admin]
+        wrong.start_node("storage1")
+        until(lambda: "admin node" in wrong.said("storage1"), "warning")
+        assert wrong.terminate("storage1") == 0
+        with wrong.client() as storage, pytest.raises(StorageError, match="admin"):
+            storage.lastTransaction()
+        wrong.close()
+
+
+def records(path: Path, name: str) -> int:
+    """How many packets of a kind a log file has."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert neolog.main([str(path)]) == 0
+    return out.getvalue().count(f" {name} ")
+
+
+def test_log_rotation(tmp_path: Path) -> None:
+    """Rename, RTMIN+1: the rest goes to a new file, and nothing is lost."""
+    with Cluster(tmp_path) as cluster:
+        log, old = Path(cluster.path("master1.log")), tmp_path / "old.log"
+        pid = cluster.processes["master1"].pid
+        assert pid is not None
+        with cluster.client() as storage:
+            storage.new_oid()
+        assert cluster.neoctl("flush_log")[0] == 0
+        until(lambda: records(log, "AskNewOIDs"), "flush")
+        log.rename(old)
+        os.kill(pid, signal.SIGRTMIN + 1)
+        until(log.exists, "new log file")
+        with cluster.client() as storage:
+            storage.new_oid()
+        cluster.stop()
+    assert [records(path, "AskNewOIDs") for path in (old, log)] == [1, 1]
+
+
+def test_second_signal(tmp_path: Path) -> None:
+    """A clean stop takes as long as the disk; who asks twice wants it now."""
+    with Cluster(tmp_path) as cluster:
+        process = cluster.processes["storage1"]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        status = cluster.exited("storage1")
+        # Which one is seen first is the system's choice.
+        assert status in (-signal.SIGTERM, -signal.SIGINT)
+        cluster.start_node("storage1")
+        with cluster.client() as storage:
+            storage.new_oid()
+
+
+def transactions(path: str, count: int, first: int = 0) -> None:
+    """Commit to a FileStorage."""
+    db = ZODB.DB(path)
+    for i in range(first, first + count):
+        with db.transaction(f"transaction {i}") as connection:
+            connection.root()[f"key {i}"] = "x" * 1000
+    db.close()
+
+
+def content(storage: Any) -> list[Any]:
+    """All transactions."""
+    with contextlib.closing(storage.iterator()) as iterator:
+        return [(t.tid, t.description, [(r.oid, r.data) for r in t]) for t in iterator]
+
+
+def test_migration_resumed(tmp_path: Path) -> None:
+    """Killed in the middle: the same command goes on. Nothing is copied twice."""
+    path = str(tmp_path / "Data.fs")
+    transactions(path, 300)
+    with Cluster(tmp_path / "cluster") as cluster:
+        args = ["-c", cluster.name, path, cluster.master_nodes]
+        with cluster.client() as storage:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "neo.scripts.neomigrate", *args],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+            def copied() -> bool:
+                storage.sync()
+                return storage.lastTransaction() != bytes(8)
+
+            try:
+                until(copied, "first transaction")
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
+            assert process.returncode in (0, 130)
+            assert "Traceback" not in err
+            for _ in range(2):
+                status, out, err = run("neomigrate", *args)
+                assert (status, err) == (0, "")
+                assert "Migration done" in out
+                with contextlib.closing(FileStorage(path, read_only=True)) as source:
+                    assert content(storage) == content(source)
+            # The source grew: only the rest is copied.
+            transactions(path, 3, first=300)
+            status, out, err = run("neomigrate", *args)
+            assert (status, err) == (0, "")
+            assert "3 transactions" in out
+            with contextlib.closing(FileStorage(path, read_only=True)) as source:
+                assert content(storage) == content(source)
+
+
+def test_migration_refused(tmp_path: Path) -> None:
+    """A destination that is something else is left alone."""
+    path, other = str(tmp_path / "Data.fs"), str(tmp_path / "other.fs")
+    transactions(path, 2)
+    transactions(other, 2)
+    with Cluster(tmp_path / "cluster") as cluster:
+        masters = cluster.master_nodes
+        assert run("neomigrate", "-qc", cluster.name, path, masters)[0] == 0
+        with cluster.client() as storage:
+            before = content(storage)
+            size = os.path.getsize(other)
+            for args in ((other, masters), (masters, other)):
+                status, out, err = run("neomigrate", "-qc", cluster.name, *args)
+                assert (status, out) == (1, "")
+                assert "is no copy of it" in one_line(err)
+            assert content(storage) == before
+            assert os.path.getsize(other) == size
+            # A wrong name is an error, no endless wait.
+            status, out, err = run("neomigrate", "-qc", "other", path, masters)
+            assert status == 1
+            assert "cluster name" in err.splitlines()[-1]
+
+
+def test_neosimple_killed(tmp_path: Path) -> None:
+    """kill -9 leaves no children; replicas and masters as wanted; data are kept."""
+    command = [
+        sys.executable, "-m", "neo.scripts.neosimple", str(tmp_path / "data"),
+        "-m", "2", "-n", "3", "-r", "1", "--port", str(free_port()),
+    ]  # fmt: skip
+    for attempt in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            lines = []
+            while "Ctrl-C" not in (line := process.stdout.readline()):
+                assert line, process.wait()
+                lines.append(line)
+            text = "".join(lines)
+            assert "2 masters, 3 storages, 1 replica" in text
+            masters = re.search(r"master_nodes (.*)", text)
+            assert masters
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            pids = [int(pid) for pid in children.read_text().split()]
+            assert len(pids) == 6
+            with contextlib.closing(Storage(masters[1], "main")) as storage:
+                db = ZODB.DB(storage)
+                with db.transaction() as connection:
+                    root = connection.root()
+                    assert root.get("attempt", -1) == attempt - 1
+                    root["attempt"] = attempt
+                db.close()
+        finally:
+            process.kill()
+            process.communicate()
+        until(lambda p=pids: not any(map(alive, p)), "end of the children")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -276,6 +276,29 @@ def test_paused_storage(tmp_path: Path) -> None:
         load.progress()
 
 
+def test_paused_replica(tmp_path: Path) -> None:
+    """A storage that is silent is put aside; back, it notices and catches up."""
+    limits = ("--ping-after", "1", "--silence-limit", "3")
+    with Cluster(tmp_path, storages=2, replicas=1) as cluster:
+        cluster.terminate("master1")
+        cluster.start_node("master1", *limits)
+        cluster.wait_state("RUNNING")
+        with Load(cluster) as load:
+            pid = cluster.processes["storage2"].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                load.progress()
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            until(
+                lambda: cluster.neoctl("print", "summary", "--check")[0] == 0,
+                "replication",
+            )
+            load.progress()
+        load.check()
+
+
 def test_read_only(tmp_path: Path) -> None:
     """A read-only client sees what others commit, and commits nothing."""
     with Cluster(tmp_path) as cluster:
