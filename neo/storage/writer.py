@@ -6,7 +6,8 @@ is being committed make the next one, a single SQL transaction. Its commit is du
 one of its jobs promises something. Answers are sent by the jobs' `done`, after the
 commit: what is said is on disk.
 
-A *lazy* job waits for another one to be committed with, at most `LAZY_DELAY`.
+A *lazy* job waits for another one to be committed with, at most `LAZY_DELAY`; where
+a commit that is not durable costs nothing but time, it goes when the writer is idle.
 
 An error in a group ends the node: what is counted in memory isn't rolled back. So what
 can be refused is refused before. Source: architecture 6.4.
@@ -69,7 +70,12 @@ class Writer:
     ) -> None:
         """As `submit`, for what promises nothing and may wait for a group."""
         self._waiting.append((job, done))
-        if self._timer is None and not (self._starting or self._urgent):
+        if self._starting or self._urgent:
+            return
+        if self._backend.has_cheap_commits and not self._running:
+            # Nothing else to do now: the next group will have less to write.
+            self.flush()
+        elif self._timer is None:
             self._timer = self._runtime.call_later(LAZY_DELAY, self.flush)
 
     def barrier(self, done: Callable[[], object]) -> None:
@@ -120,7 +126,7 @@ class Writer:
             raise results
         self._running = False
         # Before the answers: the disk works while the loop sends them.
-        if self._urgent:
+        if self._urgent or (self._waiting and self._backend.has_cheap_commits):
             self.flush()
         for (_, done), result in zip(jobs, results, strict=True):
             done(result)

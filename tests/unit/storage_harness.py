@@ -107,10 +107,17 @@ class Transport:
 
 
 class Harness:
-    """A Runtime, and the node that runs on it."""
+    """A Runtime, and the node that runs on it.
+
+    `eager`: what is unlocked is applied as soon as the writer is idle.
+    """
 
     def __init__(
-        self, backend: MemoryBackend | None = None, start: bool = True, **options: Any
+        self,
+        backend: MemoryBackend | None = None,
+        start: bool = True,
+        eager: bool = False,
+        **options: Any,
     ) -> None:
         self.log = Log()
         self.rng = Random(0)
@@ -123,6 +130,7 @@ class Harness:
         self.accept: Callable[[Connection], object] = lambda conn: None
         self.connections: list[Connection] = []  # opened by the node
         self.backend = backend or MemoryBackend()
+        self.backend.has_cheap_commits = eager
         defaults: dict[str, Any] = {
             "cluster": NAME,
             "bind": ("127.0.0.1", 0),

@@ -381,6 +381,18 @@ def test_wrong_packets_of_the_master(h: Harness, packet: tuple[Any, ...]) -> Non
     refused(h.m)
 
 
+def test_eager_unlock() -> None:
+    """Where a commit costs no flush, an idle writer applies what is unlocked."""
+    h = Harness(eager=True)
+    h.operate()
+    c = h.client()
+    c.commit(T1, T2, {A: b"a"})
+    assert c.load(A)[1] == T2
+    revision = h.backend.load(A)
+    assert revision is not None
+    assert revision[0] == T2
+
+
 def test_vote_without_metadata() -> None:
     h = Harness()
     h.operate((((2, UP),), ((1, UP),)))

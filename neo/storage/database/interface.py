@@ -294,6 +294,7 @@ class Backend(Reader, Protocol):
     """One node's database. Opening it creates or migrates it; see `open_backend`."""
 
     dedup: bool  # whether equal values are stored once
+    has_cheap_commits: bool  # a commit that is not durable waits for no disk
     device: int  # st_dev of what holds the data, 0 if unknown: for `devpath` (2.6)
 
     @property

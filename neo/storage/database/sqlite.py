@@ -136,6 +136,7 @@ class SQLiteBase(SQLBackend, SQLiteReader):
 
     background: SQLiteReader
     device = 0
+    has_cheap_commits = True
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         SQLBackend.__init__(self)
@@ -272,6 +273,7 @@ class SQLiteBackend(SQLiteBase):
         location = parse_location(database)
         self._closers: list[Callable[[], object]] = []
         self._log_index: int | None = None
+        self._log_is_nearly_moved = False
         try:
             self._open(location, dedup, reset)
         except BaseException:
@@ -301,6 +303,7 @@ class SQLiteBackend(SQLiteBase):
             if mode in UNSAFE_JOURNALS:
                 log.warning("journal mode %r: a crash may damage the database", mode)
             self._share()
+            self.has_cheap_commits = False
         self.open_database(dedup, reset)
 
     def _lock_file(self, path: str) -> None:
@@ -400,6 +403,7 @@ class SQLiteBackend(SQLiteBase):
     def checkpoint(self) -> None:
         if self._log_index is not None:
             self._move_log(self._checkpointer)
+            self._log_is_nearly_moved = True
 
     def _move_log(self, connection: sqlite3.Connection) -> None:
         try:
@@ -408,9 +412,11 @@ class SQLiteBackend(SQLiteBase):
             raise BackendError(f"SQLite: {e}") from e
 
     def begin(self, durable: bool) -> None:
-        # A checkpoint beside a writer that never pauses doesn't reach the end, where
-        # the log would start again.
-        if self._log_pages() > LOG_PAGES_MAX:
+        # A checkpoint beside a writer that never pauses doesn't reach the end. The
+        # writer moves the rest, so that the log starts again: writing over it is synced
+        # in half the time that appending to it takes (120 to 170 us, 245 to 370 us).
+        if self._log_is_nearly_moved or self._log_pages() > LOG_PAGES_MAX:
+            self._log_is_nearly_moved = False
             self._move_log(self._connection)
         super().begin(durable)
 
