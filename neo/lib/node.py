@@ -373,7 +373,7 @@ def format_date(timestamp: float | None) -> str:
         return repr(timestamp)
 
 
-def _node_order(row: NodeRow) -> tuple[bool, int, bytes, int]:
+def node_order(row: NodeRow) -> tuple[bool, int, bytes, int]:
     _, address, nid, _, _ = row
     return nid is None, nid or 0, *(address or (b"", 0))
 
@@ -381,7 +381,7 @@ def _node_order(row: NodeRow) -> tuple[bool, int, bytes, int]:
 def format_nodes(rows: Iterable[NodeRow]) -> str:
     """Table of `print node`: one line per node. Source: operations 4.5."""
     table = []
-    for kind, wire, nid, state, timestamp in sorted(rows, key=_node_order):
+    for kind, wire, nid, state, timestamp in sorted(rows, key=node_order):
         address = ""
         if wire is not None:
             host, port = wire

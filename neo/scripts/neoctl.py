@@ -33,6 +33,7 @@ from neo.lib.node import (
     format_partition_table,
     format_rows,
     nid_str,
+    node_order,
     parse_nid,
 )
 from neo.lib.protocol import (
@@ -201,7 +202,7 @@ def nid(text: str) -> int:
 def count(text: str) -> int:
     """A number that is not negative."""
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
     return int(text)
 
 
@@ -291,11 +292,11 @@ def print_node(tool: Tool, args: argparse.Namespace) -> Any:
             {
                 "nid": nid_str(row[2]) if row[2] else None,
                 "type": row[0].name,
-                "address": row[1] and f"{row[1][0].decode()}:{row[1][1]}",
+                "address": row[1] and format_address((row[1][0].decode(), row[1][1])),
                 "state": row[3].name,
                 "since": format_date(row[4]) if row[4] else None,
             }
-            for row in rows
+            for row in sorted(rows, key=node_order)
         ]
     return format_nodes(rows)
 
