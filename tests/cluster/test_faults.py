@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -261,6 +262,61 @@ def test_full_disk_of_logs(tmp_path: Path) -> None:
             assert cluster.neoctl("flush_log")[0] == 0
         assert all(process.is_alive() for process in cluster.processes.values())
         assert cluster.state() == "RUNNING"
+
+
+PRELOADED = """
+import os, sys, transaction, ZODB
+from BTrees.Length import Length
+from neo.client.Storage import Storage
+
+db = ZODB.DB(Storage(sys.argv[1], sys.argv[2]))
+with db.transaction() as connection:
+    connection.root()["length"] = Length()
+master = db.open(transaction.TransactionManager())
+master.root()["length"]()
+
+def work(times):
+    connection = db.open()
+    for _ in range(times):
+        transaction.begin()
+        connection.root()["length"].change(1)
+        transaction.commit()
+    connection.close()
+
+workers = []
+for _ in range(3):
+    pid = os.fork()
+    if not pid:
+        work(20)
+        # A worker that starts processes of its own.
+        if child := os.fork():
+            work(5)
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        work(5)
+        db.close()
+        sys.exit()
+    workers.append(pid)
+    work(5)
+assert all(os.waitpid(pid, 0)[1] == 0 for pid in workers)
+work(5)
+transaction.begin()
+master.sync()
+print(master.root()["length"]())
+"""
+
+
+def test_preloaded_application(tmp_path: Path) -> None:
+    """As gunicorn with --preload: all processes go on with the storage they got."""
+    with Cluster(tmp_path) as cluster:
+        result = subprocess.run(
+            [sys.executable, "-c", PRELOADED, cluster.master_nodes, cluster.name],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == f"{3 * 30 + 4 * 5}\n"
 
 
 def test_paused_storage(tmp_path: Path) -> None:
