@@ -87,7 +87,7 @@ class StorageNode:
         self.log = runtime.log
         self.backend = backend
         self.options = options
-        self.writer = Writer(runtime, backend)
+        self.writer = Writer(runtime, backend, lambda: len(self.connections) <= 1)
         self.nodes = NodeManager(options.save_masters)
         self.pt = PartitionTable()
         self.nid = options.nid
@@ -271,6 +271,7 @@ class StorageNode:
             self.writer.submit(lambda: self.backend.set_backup_tid(None))
         self.operation = Operation(self)
         self.operation.enter(conn)
+        self.identification.look_again()
 
     def stop_operation(self, conn: Connection) -> None:
         """StopOperation: what follows is meant for the initialisation phase."""
@@ -311,7 +312,7 @@ class StorageNode:
         for node in update.forgotten:
             if node.type is not NodeType.MASTER:
                 self._node_gone(node)
-        self.identification.nodes_changed()
+        self.identification.look_again()
 
     def _node_gone(self, node: Node) -> None:
         if node.connection is not None:

@@ -3,6 +3,10 @@
 A peer that the master has announced is accepted. One whose id timestamp is later than
 what the master told last is parked until it tells more; any other is refused. Source:
 behaviour 1.4, protocol 5.3 and 6.6.
+
+Unlike what these say, who comes a moment before StartOperation is parked too, while a
+master is there to say it: a client that is refused reports this node as failed, and the
+master would put a healthy one aside.
 """
 
 from __future__ import annotations
@@ -87,11 +91,13 @@ class Identification(Handler):
                 f"cluster name {cluster_name.decode(errors='replace')!r}:"
                 f" this node belongs to {node.options.cluster!r}"
             )
-        if node.operation is None:
+        if node.operation is None and node.master is None:
             raise not_ready("not operational")
         if nid is None:
             if node_type is not NodeType.STORAGE:
                 raise ProtocolError("a node id is needed: this is a storage, no master")
+            if node.operation is None:
+                raise not_ready("not operational")
             conn.handler = node.operation.peer_handler
             conn.trust()
             node.operation.peer_handler.accepted(conn, None)
@@ -114,20 +120,33 @@ class Identification(Handler):
     ) -> None:
         nodes = self._node.nodes
         peer = nodes.by_nid(nid)
+        is_operational = self._node.operation is not None
         if (
-            peer is not None
+            is_operational
+            and peer is not None
             and peer.type is node_type
             and id_timestamp is not None
             and peer.id_timestamp == id_timestamp
         ):
             self._accept(conn, msg_id, peer, extra)
-        elif id_timestamp is None or id_timestamp <= nodes.timestamp:
+        elif is_operational and (
+            id_timestamp is None or id_timestamp <= nodes.timestamp
+        ):
             raise not_ready(f"{nid_str(nid)} is unknown to the master")
         elif len(self._parked) >= PARKED_MAX:
             raise not_ready("too many nodes wait for the master")
         else:
             self._parked[conn] = msg_id, node_type, nid, id_timestamp, extra
             conn.handler = self._handler
+            if not is_operational:
+                limit = self._node.options.limits.identification_timeout
+                self._node.runtime.call_later(limit, lambda: self._give_up(conn))
+
+    def _give_up(self, conn: Connection) -> None:
+        """A peer waited for long enough: it may find what it needs elsewhere."""
+        if conn in self._parked and self._node.operation is None:
+            msg_id = self._parked.pop(conn)[0]
+            refuse(conn, msg_id, not_ready("not operational"))
 
     def _accept(
         self, conn: Connection, msg_id: int, peer: Node, extra: Mapping[bytes, Any]
@@ -153,8 +172,10 @@ class Identification(Handler):
         if isinstance(features, tuple) and peer.type is NodeType.CLIENT:
             conn.notify(NotifyFeatures, (FEATURE_SIZE,))
 
-    def nodes_changed(self) -> None:
+    def look_again(self) -> None:
         """The master told more: look again at who waits."""
+        if self._node.operation is None:
+            return
         parked, self._parked = self._parked, {}
         for conn, (msg_id, *arguments) in parked.items():
             if conn.closed:

@@ -44,6 +44,7 @@ from neo.lib.protocol import (
     ValidateTransaction,
 )
 from neo.storage.database.memory import MemoryBackend
+from neo.storage.identification import PARKED_MAX
 
 from .storage_harness import M1, NAME, OUT, UP, Harness, number
 
@@ -339,11 +340,55 @@ def identify(h: Harness, nid: int | None, stamp: float | None, **changes: Any) -
 
 
 def test_not_operational() -> None:
+    """Without a master, nobody knows when it will be."""
     h = Harness()
-    h.master()
+    for peer in (identify(h, C1, 2.5), identify(h, None, None, kind=NodeType.STORAGE)):
+        assert peer.receive(Error)[0] == ErrorCode.NOT_READY
+        assert peer.is_closed
+
+
+def initialised() -> Harness:
+    """A node to which StartOperation only must be said."""
+    h = Harness()
+    h.master().send(SendPartitionTable, 1, 0, (((1, UP),), ((1, UP),)))
+    return h
+
+
+def test_operational_soon() -> None:
+    """Who comes before StartOperation waits for it: a healthy node refuses nobody."""
+    h = initialised()
+    early = identify(h, C1, h.timestamp + 1)  # before it is announced, even
+    h.tell_nodes((NodeType.CLIENT, None, C1, NodeState.RUNNING, h.timestamp + 1))
+    unknown = identify(h, C1 + 1, 2.5)
+    anonymous = identify(h, None, None, kind=NodeType.STORAGE)
+    assert anonymous.receive(Error)[0] == ErrorCode.NOT_READY
+    early.send(Ping)
+    early.expect(Pong)
+    assert not unknown.packets()
+    h.m.send(StartOperation, False)
+    assert early.receive(AcceptIdentification) == (NodeType.STORAGE, 1, C1)
+    assert unknown.receive(Error)[0] == ErrorCode.NOT_READY
+    early.ask(AskSize)
+
+
+def test_not_operational_for_long() -> None:
+    h = initialised()
+    peers = [identify(h, C1 + i, 2.5) for i in range(PARKED_MAX + 1)]
+    assert peers.pop().receive(Error)[0] == ErrorCode.NOT_READY
+    h.advance(9)
+    assert not any(peer.is_closed for peer in peers)
+    h.advance(2)
+    for peer in peers:
+        assert peer.receive(Error)[0] == ErrorCode.NOT_READY
+        assert peer.is_closed
+
+
+def test_master_lost_before_operation() -> None:
+    h = initialised()
     peer = identify(h, C1, 2.5)
-    assert peer.receive(Error)[0] == ErrorCode.NOT_READY
+    h.m.lose()
     assert peer.is_closed
+    h.advance(20)
 
 
 @pytest.mark.parametrize(
