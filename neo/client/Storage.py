@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import getpid
 from pickle import PicklingError, loads
 from typing import Any
 
@@ -104,8 +105,9 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._count: tuple[bytes, int] | None = None
         self._shared = _app is not None
         if _app is not None:
+            self._pid = getpid()
             self._core: ClientApp = _app._core if isinstance(_app, AppFacade) else _app
-            self._runtime: Any = self._core.runtime
+            self._own_runtime: Any = self._core.runtime
             self._options = self._core.options
             self.app = AppFacade(self)
             return
@@ -144,16 +146,24 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         return shell.ShellRuntime(self._logger, self._tls, self._options.cluster)
 
     def _new_core(self) -> None:
-        self._runtime = self._factory()
-        self._core = ClientApp(self._runtime, self._options)
-        if isinstance(self._runtime, shell.ShellRuntime):
-            self._core.watch = self._runtime.watch
-            self._runtime.on_broken = self._core.cache.clear
+        runtime = self._factory()
+        self._core = ClientApp(runtime, self._options)
+        if isinstance(runtime, shell.ShellRuntime):
+            self._core.watch = runtime.watch
+            runtime.on_broken = self._core.cache.clear
+            self._own_runtime = runtime
         else:
             # One thread at a time runs in a simulation.
-            self._runtime = _Unlocked(self._runtime)
+            self._own_runtime = _Unlocked(runtime)
+        self._pid = getpid()
 
     # --- fork -------------------------------------------------------------------------
+
+    @property
+    def _runtime(self) -> Any:
+        if self._pid != getpid():
+            shell.forked_untold()
+        return self._own_runtime
 
     def before_fork(self) -> None:
         """See Forkable."""
@@ -165,11 +175,25 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     def after_fork_child(self) -> None:
         """Forget the parent's connections; the first use makes new ones."""
-        old = self._core
-        if old.closed:
-            self._runtime.__exit__(None, None, None)
+        if self._core.closed:
+            self._own_runtime.__exit__(None, None, None)
+            self._pid = getpid()
             return
-        self._runtime.abandon()
+        self._begin_anew()
+
+    def after_fork_untold(self) -> None:
+        """See Forkable."""
+        if self._pid == getpid():
+            return
+        self._own_runtime.new_lock()
+        if self._core.closed:
+            self._pid = getpid()
+        else:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        old = self._core
+        self._own_runtime.abandon()
         assert self._logger is not None
         self._logger.after_fork()
         self._transactions = {}

@@ -280,6 +280,8 @@ class ShellRuntime:
         queue: str,
         job: Callable[[], T],
         done: Callable[[T | Exception], object],
+        *,
+        inline: bool = False,
     ) -> None:
         """A client has no slow jobs: run it at once."""
         try:
@@ -603,6 +605,10 @@ class ShellRuntime:
                 waiter.close()
             self._spare.clear()
 
+    def new_lock(self) -> None:
+        """After a fork that nobody was told of: no thread is left that holds it."""
+        self._lock = threading.RLock()
+
     def abandon(self) -> None:
         """After a fork, in the child: close descriptors, tell nobody, touch
         nothing that the parent shares.
@@ -629,10 +635,16 @@ class Forkable:
     def after_fork_child(self) -> None:
         """Begin anew."""
 
+    def after_fork_untold(self) -> None:
+        """In the child: as `after_fork_child`, if neither that nor `before_fork` was
+        called.
+        """
+
 
 _forkables: weakref.WeakValueDictionary[int, Forkable] = weakref.WeakValueDictionary()
 _number = count()
 _held: list[Forkable] = []
+_untold = threading.Lock()
 
 
 def _before() -> None:
@@ -649,6 +661,15 @@ def _after_parent() -> None:
 def _after_child() -> None:
     while _held:
         _held.pop().after_fork_child()
+
+
+def forked_untold() -> None:
+    """Begin anew in a child of a fork that Python did not make: uWSGI calls no hook,
+    and its workers would share the connections of their parent.
+    """
+    with _untold:
+        for _, forkable in sorted(_forkables.items()):
+            forkable.after_fork_untold()
 
 
 def register(forkable: Forkable) -> None:
