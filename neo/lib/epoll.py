@@ -33,6 +33,9 @@ BACKLOG = 128
 LINGER = 10.0  # seconds that an aborted connection has to take what is queued
 # Descriptors may be exhausted: accept again after this many seconds.
 ACCEPT_RETRY = 1.0
+# Jobs that are shorter on average may run on the loop: a thread costs two wake-ups, 0.2
+# ms of a commit of 1.5 ms.
+INLINE_MAX = 1e-3
 
 
 class LoopTimer(Timer):
@@ -101,17 +104,32 @@ class Worker(threading.Thread):
         self.jobs: queue.SimpleQueue[
             tuple[Callable[[], Any], Callable[[Any], object]] | None
         ] = queue.SimpleQueue()
+        self.pending = 0  # jobs put and not yet completed; the loop's
+        self.duration = 0.0  # moving average, in seconds
         self.start()
+
+    def execute(self, job: Callable[[], Any]) -> Any:
+        """Result of the job, or its exception."""
+        start = time.perf_counter()
+        try:
+            return job()
+        except Exception as error:  # noqa: BLE001  # `done` decides
+            return error
+        finally:
+            self.duration += (time.perf_counter() - start - self.duration) / 8
 
     def run(self) -> None:
         while (item := self.jobs.get()) is not None:
             job, done = item
-            try:
-                result = job()
-            except Exception as error:  # noqa: BLE001  # `done` decides
-                result = error
-            self.loop.call_soon_threadsafe(lambda d=done, r=result: d(r))  # type: ignore[misc]
-            del item, job, done, result
+            self._complete(done, self.execute(job))
+            del item, job, done
+
+    def _complete(self, done: Callable[[Any], object], result: Any) -> None:
+        def complete() -> None:
+            self.pending -= 1
+            done(result)
+
+        self.loop.call_soon_threadsafe(complete)
 
 
 class EpollRuntime:
@@ -214,11 +232,18 @@ class EpollRuntime:
         queue: str,
         job: Callable[[], T],
         done: Callable[[T | Exception], object],
+        *,
+        inline: bool = False,
     ) -> None:
         worker = self._workers.get(queue)
         if worker is None:
             worker = self._workers[queue] = Worker(self, queue)
-        worker.jobs.put((job, done))
+        if inline and not worker.pending and worker.duration < INLINE_MAX:
+            result = worker.execute(job)
+            self._completed.append(lambda: done(result))
+        else:
+            worker.pending += 1
+            worker.jobs.put((job, done))
 
     def stop(self, status: int = 0) -> None:
         if self._status is None:
@@ -284,15 +309,15 @@ class EpollRuntime:
             handler = handlers.get(fd)
             if handler is not None:  # else closed by an earlier event of this turn
                 handler(event)
-        completed = self._completed
-        for _ in range(len(completed)):
-            completed.popleft()()
         # Those started from now on belong to the next turn, even if they are due.
         started = next(self._order)
         while timers and timers[0][0] <= self._monotonic and timers[0][1] < started:
             callback = heapq.heappop(timers)[2].callback
             if callback is not None:
                 callback()
+        completed = self._completed
+        for _ in range(len(completed)):
+            completed.popleft()()
         self.flush()
 
     def flush(self) -> None:

@@ -69,10 +69,14 @@ class Runtime(Protocol):
         queue: str,
         job: Callable[[], T],
         done: Callable[[T | Exception], object],
+        *,
+        inline: bool = False,
     ) -> None:
         """Run blocking `job` off the loop, in order per queue; `done` runs on it.
 
         `done(result)`; an exception of `job` is passed as the result.
+        `inline`: the loop has nothing better to do than to wait for the job itself, if
+        nothing else is in the queue and its jobs are short.
         """
 
     def buggify(self, name: str) -> bool:

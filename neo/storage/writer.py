@@ -35,11 +35,17 @@ def ignore(result: object) -> None:
 
 
 class Writer:
-    """Groups the writes of a node."""
+    """Groups the writes of a node.
 
-    def __init__(self, runtime: Runtime, backend: Backend) -> None:
+    `alone()`: nobody's reads would wait for a commit; see `Runtime.submit`, `inline`.
+    """
+
+    def __init__(
+        self, runtime: Runtime, backend: Backend, alone: Callable[[], bool]
+    ) -> None:
         self._runtime = runtime
         self._backend = backend
+        self._alone = alone
         self._waiting: list[_Job] = []
         self._durable = False  # one of `_waiting` promises something
         self._running = False
@@ -108,6 +114,7 @@ class Writer:
             QUEUE,
             lambda: self._execute(jobs, durable),
             lambda results: self._committed(jobs, results),
+            inline=self._alone(),
         )
 
     def _execute(self, jobs: list[_Job], durable: bool) -> list[Any]:

@@ -180,6 +180,8 @@ class SimRuntime:
         queue: str,
         job: Callable[[], T],
         done: Callable[[T | Exception], object],
+        *,
+        inline: bool = False,
     ) -> None:
         self.process.submit(queue, job, done)
 

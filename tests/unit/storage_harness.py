@@ -175,7 +175,12 @@ class Harness:
         """Nobody tries."""
 
     def submit(
-        self, queue: str, job: Callable[[], Any], done: Callable[[Any], object]
+        self,
+        queue: str,
+        job: Callable[[], Any],
+        done: Callable[[Any], object],
+        *,
+        inline: bool = False,
     ) -> None:
         self.jobs.append((queue, job, done))
 
