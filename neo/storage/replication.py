@@ -108,6 +108,8 @@ class Replication:
             self.targets[partition] = target
 
         def started(max_tid: Tid, ttids: Sequence[Tid]) -> None:
+            if max_tid > MAX_TID:
+                raise ProtocolError(f"invalid tid {max_tid.hex()}")
             for partition, target in targets.items():
                 if self.targets.get(partition) is target:
                     target.goal = max_tid
@@ -458,10 +460,16 @@ class Session:
 
     def received(self, args: tuple[Any, ...]) -> None:
         """An item of the present chunk."""
-        if max(args[:2] if len(args) == 6 else args[:1]) > MAX_TID:
-            self.replication.failed(self, f"invalid id {args[0].hex()}")
+        is_object = len(args) == 6
+        if is_object:
+            ids = args[0], args[1], args[5] or ZERO_TID
+        else:
+            pack = args[7]
+            ids = args[0], args[5], pack[3] if pack else ZERO_TID
+        if max(ids) > MAX_TID:
+            self.replication.failed(self, f"invalid id {max(ids).hex()}")
             return
-        if len(args) == 6:
+        if is_object:
             checksum, data = args[3], args[4]
             if (data or checksum != ZERO_HASH) and sha1(data).digest() != checksum:
                 # Another replica may have it right.
@@ -504,6 +512,12 @@ class Session:
             return
         known = self._known
         backend, partition = self._backend, self.target.partition
+        packed_less: Tid | None = None
+        if completed is not None:
+            # Not by the job: the reader face is the loop's.
+            own = backend.own_cells().get(partition)
+            if own is not None and completed < own.pack:
+                packed_less = completed
 
         def write() -> None:
             for tid in delete:
@@ -517,10 +531,8 @@ class Session:
                         user, description, extension, oids, packed, ttid, order
                     ),
                 )
-            if completed is not None:
-                own = backend.own_cells().get(partition)
-                if own is not None and completed < own.pack:
-                    backend.set_packed(partition, completed)
+            if packed_less is not None:
+                backend.set_packed(partition, packed_less)
 
         def written() -> None:
             if next_tid is None:
