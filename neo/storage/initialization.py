@@ -89,6 +89,9 @@ class MasterHandler(Handler):
     def notify_pack_signed(
         self, conn: Connection, approved: Sequence[Tid], rejected: Sequence[Tid]
     ) -> None:
+        for pack_id in (*approved, *rejected):
+            if pack_id > MAX_TID:
+                raise ProtocolError(f"invalid id of a pack order {pack_id.hex()}")
         node = self.node
         node.last_pack = max([node.last_pack, *approved])
         if not node.options.disable_pack:

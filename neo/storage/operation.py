@@ -11,7 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection
+from neo.lib.exception import ProtocolError
 from neo.lib.protocol import (
+    MAX_TID,
     AnswerFinalTID,
     CellState,
     NotifyReady,
@@ -74,6 +76,8 @@ class OperationHandler(MasterHandler):
     def notify_transaction_finished(
         self, conn: Connection, ttid: Tid, max_tid: Tid
     ) -> None:
+        if max_tid > MAX_TID:
+            raise ProtocolError(f"invalid tid {max_tid.hex()}")
         # Not locked here: this node was not there when it began.
         self.transactions.abort(ttid)
         self.operation.replication.finished(ttid, max_tid)

@@ -430,6 +430,8 @@ class Transactions:
                 pack_oids and len(pack_oids) > MAX_TRANSACTION_OIDS
             ):
                 raise ProtocolError(f"more than {MAX_TRANSACTION_OIDS} oids")
+            if metadata.pack and metadata.pack[1] > MAX_TID:
+                raise ProtocolError(f"invalid pack tid {metadata.pack[1].hex()}")
             transaction = self._join(conn, ttid)
             if self.access[_u64(ttid)[0] % self._np] != ABSENT:
                 transaction.has_metadata = True

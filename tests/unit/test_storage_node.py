@@ -14,9 +14,11 @@ from neo.lib.protocol import (
     AnswerLastIDs,
     AnswerPartitionTable,
     AnswerRecovery,
+    AnswerUnfinishedTransactions,
     AskFinalTID,
     AskLastIDs,
     AskLockedTransactions,
+    AskLockInformation,
     AskPackOrders,
     AskPartitionTable,
     AskRecovery,
@@ -34,6 +36,8 @@ from neo.lib.protocol import (
     NotifyPackSigned,
     NotifyReady,
     NotifyRepair,
+    NotifyTransactionFinished,
+    Packet,
     Ping,
     Pong,
     RequestIdentification,
@@ -50,6 +54,7 @@ from .storage_harness import M1, NAME, OUT, UP, Harness, number
 
 C1 = -0x20000000 + 1
 T1, T2 = number(10), number(12)
+LARGE = b"\x80" + bytes(7)
 A, B = number(2), number(4)
 
 
@@ -310,6 +315,33 @@ def test_flush_log_and_pack_signed_and_repair() -> None:
     m.send(NotifyRepair, True)
     assert "0 unreferenced values found" in h.log.lines[-1]
     assert not m.is_closed
+
+
+@pytest.mark.parametrize(
+    ("packet", "args"),
+    [
+        (NotifyPackSigned, ((LARGE,), ())),
+        (NotifyPackSigned, ((), (T1, LARGE))),
+        (NotifyTransactionFinished, (T1, LARGE)),
+        (AskLockInformation, (LARGE, LARGE, False)),
+    ],
+)
+def test_ids_that_no_database_holds(packet: Packet[...], args: Any) -> None:
+    """The peer is refused, the node goes on."""
+    h = Harness()
+    m = h.operate(((((1, OUT), (2, UP))), ((1, UP),)))
+    m.expect(AskUnfinishedTransactions)
+    m.send(packet, *args)
+    assert m.receive(Error)[0] == ErrorCode.PROTOCOL_ERROR
+    assert m.is_closed
+
+
+def test_tid_that_no_database_holds() -> None:
+    h = Harness()
+    m = h.operate(((((1, OUT), (2, UP))), ((1, UP),)))
+    _, msg_id, _ = m.expect(AskUnfinishedTransactions)
+    m.send(AnswerUnfinishedTransactions, LARGE, (), msg_id=msg_id)
+    assert m.receive(Error)[0] == ErrorCode.PROTOCOL_ERROR
 
 
 def test_silent_master_is_given_up() -> None:

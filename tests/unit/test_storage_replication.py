@@ -39,6 +39,7 @@ from neo.storage import peers
 from .storage_harness import NAME, OUT, UP, Harness, Peer, number
 
 T1, T2, T3, T4, T5 = (number(n) for n in (10, 12, 14, 16, 18))
+LARGE = b"\x80" + bytes(7)  # more than a database holds
 A, B = number(2), number(4)
 ADDRESS = (b"127.0.0.1", 20002)
 OTHER = (NodeType.STORAGE, ADDRESS, 2, NodeState.RUNNING, 2.5)
@@ -189,7 +190,11 @@ def test_chunks_and_deletions() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["lost", "error", "code", "checksum", "id", "first", "position", "master"]
+    "how",
+    [
+        *("lost", "error", "code", "checksum", "id", "ttid", "pack"),
+        *("object", "pointer", "first", "position", "master"),
+    ],
 )
 def test_interruptions(how: str) -> None:
     """The target is kept; another attempt follows."""
@@ -204,8 +209,10 @@ def test_interruptions(how: str) -> None:
         peer.send(Error, 77, b"", msg_id=msg_id)
     elif how == "first":
         peer.send(AnswerFetchTransactions, ZERO_TID, (), ZERO_TID, msg_id=msg_id)
-    elif how == "id":
-        metadata = (b"\xff" * 8, b"u", b"d", b"", False, T1, (A,), None)
+    elif how in ("id", "ttid", "pack"):
+        tid, ttid = (LARGE if how == name else T1 for name in ("id", "ttid"))
+        pack = (True, False, None, LARGE) if how == "pack" else None
+        metadata = (tid, b"u", b"d", b"", False, ttid, (A,), pack)
         peer.send(AddTransaction, *metadata, msg_id=msg_id)
         peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
     elif how == "master":
@@ -220,6 +227,10 @@ def test_interruptions(how: str) -> None:
         if how == "checksum":
             wrong = (0, bytes(20), b"data", None)
             peer.send(AddObject, A, T1, *wrong, msg_id=msg_id)
+            peer.send(AnswerFetchObjects, None, None, {}, msg_id=msg_id)
+        elif how in ("object", "pointer"):
+            oid, pointer = (LARGE, None) if how == "object" else (A, LARGE)
+            peer.send(AddObject, oid, T1, *value(b"data"), pointer, msg_id=msg_id)
             peer.send(AnswerFetchObjects, None, None, {}, msg_id=msg_id)
         else:
             peer.send(AnswerFetchObjects, ZERO_TID, A, {}, msg_id=msg_id)

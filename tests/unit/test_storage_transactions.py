@@ -698,6 +698,13 @@ def test_lost_reader_is_forgotten(h: Harness) -> None:
     assert c.load(A)[1] == T1
 
 
+def test_pack_at_a_tid_that_no_database_holds(h: Harness) -> None:
+    c = h.client()
+    args = (T1, b"u", b"d", b"", (), (None, b"\x80" + bytes(7)))
+    c.send(AskStoreTransaction, *args)
+    refused(c)
+
+
 def test_too_many_waiting_reads(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "READS_MAX", 2)
     c, d = h.client(), h.client(2)
