@@ -265,7 +265,7 @@ class ShellRuntime:
         return conn
 
     def connection_succeeded(self, address: Address) -> None:
-        self.throttle.succeeded(address)
+        self.throttle.succeeded(address, time.monotonic())
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]

@@ -198,7 +198,7 @@ class EpollRuntime:
         return conn
 
     def connection_succeeded(self, address: Address) -> None:
-        self._throttle.succeeded(address)
+        self._throttle.succeeded(address, time.monotonic())
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]

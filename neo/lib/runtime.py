@@ -51,7 +51,10 @@ class Runtime(Protocol):
         """
 
     def connection_succeeded(self, address: Address) -> None:
-        """The peer accepted us: after a loss, the next attempt need not wait."""
+        """The peer accepted us: after a loss, the next attempt need not wait.
+
+        Once a second for one address: a peer that accepts and closes costs no loop.
+        """
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]
@@ -111,6 +114,7 @@ class Throttle:
 
     def __init__(self) -> None:
         self._not_before: dict[Address, float] = {}
+        self._lifted: dict[Address, float] = {}  # when it was, last
 
     def delay(self, address: Address, monotonic: float) -> float:
         """Seconds to wait before the next attempt, which is noted as made then."""
@@ -127,9 +131,18 @@ class Throttle:
         if address in self._not_before:
             self._not_before[address] -= RECONNECTION_DELAY
 
-    def succeeded(self, address: Address) -> None:
-        """The peer accepted us: a loss may be followed by a new attempt at once."""
-        self._not_before.pop(address, None)
+    def succeeded(self, address: Address, monotonic: float) -> None:
+        """The peer accepted us: a loss may be followed by a new attempt at once.
+
+        Unless this was so less than a second ago: the session proved nothing. An
+        address gets two attempts a second at most.
+        """
+        last = self._lifted.get(address)
+        if last is None or monotonic - last >= RECONNECTION_DELAY:
+            if len(self._lifted) > 1000:
+                self._lifted.clear()
+            self._lifted[address] = monotonic
+            self._not_before.pop(address, None)
 
 
 class Transport(Protocol):

@@ -26,6 +26,7 @@ from neo.lib.protocol import (
     Packet,
     RequestIdentification,
 )
+from neo.lib.runtime import Throttle
 from tests.fakes import CONVERSATIONS, Recorder, conversation
 from tests.simulation.cluster import CLUSTER, Cluster, Shape
 from tests.simulation.runtime import SimRuntime, Simulation
@@ -81,7 +82,7 @@ class World:
     def peer(self, name: str) -> Peer:
         """A new connection to a node, not identified."""
         peer = Peer()
-        self.runtime.connection_succeeded(self.cluster.addresses[name])
+        self.runtime.process.throttle = Throttle()  # time is short
         peer.conn = self.runtime.connect(self.cluster.addresses[name], peer)
         peer.conn.trust()
         self.sim.run_until(lambda: peer.connections or peer.closings, 5)

@@ -160,7 +160,7 @@ class SimRuntime:
         return network.connect(self.process, address, handler)
 
     def connection_succeeded(self, address: Address) -> None:
-        self.process.throttle.succeeded(address)
+        self.process.throttle.succeeded(address, self.monotonic())
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from neo.lib.protocol import READABLE, ClusterState
+from neo.lib.connection import Connection
+from neo.lib.handler import Handler
+from neo.lib.protocol import READABLE, AcceptIdentification, ClusterState, NodeType
 from tests.history import OK
 from tests.simulation.cluster import Cluster, Disk, Shape, transactions_of
 from tests.simulation.faults import KINDS
-from tests.simulation.runtime import Simulation
+from tests.simulation.runtime import SimRuntime, Simulation
 from tests.simulation.scenario import Run
 from tests.simulation.workload import ALL, Tokens
 
@@ -218,6 +221,38 @@ def test_workload_reaches_what_it_should() -> None:
     assert primary is not None
     assert world.cluster.state_of(primary) is ClusterState.RUNNING
     assert all(state in READABLE for _, _, state in primary.pt)
+
+
+class Closer(Handler):
+    """A primary that accepts whoever comes, and closes."""
+
+    def __init__(self, runtime: SimRuntime, nid: int) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.nid = nid
+        self.accepted = 0
+
+    def start(self) -> None:
+        self.runtime.listen(("127.0.0.1", 10000), self.accept)
+
+    def accept(self, conn: Connection) -> None:
+        conn.handler = self
+
+    def request_identification(self, conn: Connection, *args: Any) -> None:
+        self.accepted += 1
+        conn.answer(AcceptIdentification, NodeType.MASTER, -0x0FFFFFFF, self.nid)
+        conn.abort()
+
+
+@pytest.mark.parametrize(("name", "nid"), [("s0", 1), ("a0", -0x2FFFFFFF)])
+def test_sessions_that_end_at_once(name: str, nid: int) -> None:
+    """They are not begun again without a pause."""
+    sim = Simulation()
+    cluster = Cluster(sim, Shape(admins=1))
+    sim.start("m0", lambda runtime: Closer(runtime, nid))
+    cluster.start(name)
+    sim.run(20)
+    assert 15 <= sim.app("m0").accepted <= 42
 
 
 # --- random runs ----------------------------------------------------------------------
