@@ -117,6 +117,7 @@ class ShellTransport(SocketTransport):
         self.in_recv = False  # its reader blocks in recv()
         self.transactions = 0
         self.lazy_until = 0.0
+        self.is_lazy = False  # in the list of those to be looked at then
         self.registered = 0  # events in the epoll of the background thread
 
     def _connected(self) -> None:
@@ -298,8 +299,8 @@ class ShellRuntime:
         transport = conn.transport
         assert isinstance(transport, ShellTransport)
         transport.transactions += 1 if on else -1
-        if transport.fd >= 0:
-            transport.changed()
+        if transport.fd >= 0 and transport.reader is None:
+            self._leave_to_background(transport)
 
     # --- waiting ----------------------------------------------------------------------
 
@@ -457,9 +458,25 @@ class ShellRuntime:
             if transport.waiters:
                 transport.waiters[0].wake()
             else:
-                transport.changed()
+                self._leave_to_background(transport)
         waiter.condition = bool
         self._spare.append(waiter)
+
+    def _leave_to_background(self, transport: ShellTransport) -> None:
+        """Let the background thread read it, but in a while only.
+
+        Most often the next request follows at once: a commit would register and
+        unregister its connections 13 times.
+        """
+        if transport.watched and not transport.wants_write:
+            transport.lazy_until = time.monotonic() + LAZY
+            if not transport.is_lazy:
+                transport.is_lazy = True
+                self._lazy.append(transport)
+            if self._wakes_at > transport.lazy_until + LAZY:
+                self._wake_background()
+        else:
+            transport.changed()
 
     def _break(self, waiter: Waiter, transports: list[ShellTransport]) -> None:
         for transport in transports:
@@ -549,7 +566,9 @@ class ShellRuntime:
         node = transport.conn.node
         if node is not None and node.type is NodeType.STORAGE:
             transport.lazy_until = time.monotonic() + LAZY
-            self._lazy.append(transport)
+            if not transport.is_lazy:
+                transport.is_lazy = True
+                self._lazy.append(transport)
         transport.changed()
 
     def _rearm(self, now: float) -> None:
@@ -557,9 +576,11 @@ class ShellRuntime:
         for transport in lazy:
             if now < transport.lazy_until:
                 self._lazy.append(transport)
-            elif transport.fd >= 0 and transport.lazy_until:
-                transport.lazy_until = 0.0
-                transport.changed()
+            else:
+                transport.is_lazy = False
+                if transport.fd >= 0 and transport.lazy_until:
+                    transport.lazy_until = 0.0
+                    transport.changed()
 
     def _check_idle(self) -> None:
         for transport in list(self.transports.values()):

@@ -119,7 +119,8 @@ class Transaction:
     ) -> None:
         self.app = app
         self.metadata = (user, description, extension)
-        self.ttid = ZERO_TID
+        self._ttid: bytes | None = None  # not known as long as begin is not answered
+        self._begun = Answer()
         self.session = 0
         self.voting = self.voted = self.ended = False
         self.restored = False
@@ -143,8 +144,52 @@ class Transaction:
 
     # --- begin ------------------------------------------------------------------------
 
+    @property
+    def ttid(self) -> bytes:
+        """Temporary id; waits for the master's answer to begin, if need be."""
+        if self._ttid is None:
+            self._wait_begun()
+            assert self._ttid is not None
+        return self._ttid
+
     def begin(self, tid: bytes | None = None) -> None:
-        """Get a ttid: any, or the tid that is imposed (import)."""
+        """Ask for a ttid, any or the one that is imposed (import).
+
+        The answer is waited for if one is imposed, which may be refused; else by who
+        needs it: the application has an object to serialise meanwhile.
+        """
+        if tid is None:
+            master = self.app.usable_master()
+            self.session = self.app.session
+            answer = self._begun = Answer()
+            master.ask(AskBeginTransaction, None).then(answer.set, answer.fail)
+        else:
+            self._begin(tid)
+
+    def _wait_begun(self) -> None:
+        answer = self._await_begun()
+        if answer.lost:
+            self.app.check_open()
+            self._begin(None)  # nothing was done yet under the former master
+        else:
+            self._set_begun(answer)
+
+    def _await_begun(self) -> Answer:
+        answer, app = self._begun, self.app
+        if not answer.done:
+            connections = () if app.master is None else (app.master,)
+            app.runtime.wait(lambda: answer.done, connections)
+        return answer
+
+    def _set_begun(self, answer: Answer) -> None:
+        if answer.code == ErrorCode.READ_ONLY_ACCESS:
+            raise POSException.ReadOnlyError(answer.text)
+        if answer.value is None:
+            raise NEOStorageError(f"cannot begin a transaction: {answer.text}")
+        self._ttid = ttid = answer.value[0]
+        self.app.transactions[ttid] = self
+
+    def _begin(self, tid: bytes | None) -> None:
         app = self.app
         while True:
             master = app.usable_master()
@@ -154,21 +199,17 @@ class Transaction:
                     f"tid {tid.hex()} is not greater than the last one, "
                     f"{app.last_tid.hex()}"
                 )
-            session = app.session
+            self.session = app.session
             answer = app.ask(master, AskBeginTransaction, tid)
-            if answer.value is not None:
+            if not answer.lost:
                 break
-            if answer.code == ErrorCode.READ_ONLY_ACCESS:
-                raise POSException.ReadOnlyError(answer.text)
-            if answer.code is not None:
-                raise NEOStorageError(f"cannot begin a transaction: {answer.text}")
-        self.ttid = answer.value[0]
-        self.session = session
-        app.transactions[self.ttid] = self
+        self._set_begun(answer)
 
     def check_session(self) -> None:
         """Raise if the master that knows this transaction is lost."""
         app = self.app
+        if self._ttid is None:
+            self._wait_begun()
         app.check_open()
         if app.session != self.session or app.master is None:
             raise NEOStorageTransientError(
@@ -759,6 +800,12 @@ class Transaction:
         if self.ended:
             return
         app = self.app
+        if self._ttid is None:
+            answer = self._await_begun()
+            if answer.value is None:
+                self._end()
+                return
+            self._set_begun(answer)
         for conn in self.conns.values():
             conn.notify(AbortTransaction, self.ttid, [])
         if app.session == self.session and app.master is not None and not app.exclusive:
@@ -768,7 +815,8 @@ class Transaction:
 
     def _end(self) -> None:
         self.ended = True
-        self.app.transactions.pop(self.ttid, None)
+        if self._ttid is not None:
+            self.app.transactions.pop(self._ttid, None)
         for conn in self.conns.values():
             self.app.watch(conn, False)
         self.pending.clear()
