@@ -204,6 +204,12 @@ class MasterHandler(Handler):
         )
         self.first = False
         gone = [c.node for c in update.changes if c.state is not NodeState.RUNNING]
+        for change in update.changes:
+            # It failed before it was (again) part of the cluster. Who would still
+            # leave it aside, would make the master expel it: for ever, if the cluster
+            # is busy.
+            if change.state is NodeState.RUNNING and change.node.nid is not None:
+                app.unreachable.pop(change.node.nid, None)
         for node in (*gone, *update.forgotten):
             app.close_link(node)
         app.check_ready()
