@@ -50,7 +50,7 @@ from neo.lib.logger import Logger
 from neo.lib.protocol import NodeType
 from neo.lib.runtime import T, Throttle, Timer
 from neo.lib.tls import TLS
-from neo.lib.transport import CHUNK, SocketTransport
+from neo.lib.transport import CHUNK, DRAIN, SocketTransport
 from neo.lib.util import Address
 
 IDLE_CHECK = 1.0  # seconds between looks at connections that nobody reads
@@ -129,7 +129,12 @@ class ShellTransport(SocketTransport):
     def watched(self) -> bool:
         """Whether the background thread reads it at once."""
         node = self.conn.node
-        return node is None or node.type is NodeType.MASTER or self.transactions > 0
+        return (
+            self.draining
+            or node is None
+            or node.type is NodeType.MASTER
+            or self.transactions > 0
+        )
 
     def changed(self) -> None:
         if self.fd < 0 or not self.started:
@@ -156,6 +161,14 @@ class ShellTransport(SocketTransport):
 
     def flush_soon(self) -> None:
         self.runtime.dirty.append(self)
+
+    def drain(self) -> None:
+        if self.in_recv:
+            self.close()  # its reader must not wait
+        else:
+            self.lazy_until = 0.0
+            self.changed()
+            self.runtime.call_later(DRAIN, self.close)
 
     def close(self) -> None:
         if self.fd < 0:

@@ -26,7 +26,7 @@ from .handler import Closing, Handler
 from .logger import Logger
 from .runtime import T, Throttle, Timer
 from .tls import TLS
-from .transport import SocketTransport, new_socket
+from .transport import DRAIN, DRAINING_MAX, SocketTransport, new_socket
 from .util import Address
 
 BACKLOG = 128
@@ -65,6 +65,7 @@ class EpollTransport(SocketTransport):
     def changed(self) -> None:
         loop = self.loop
         if self.fd < 0:
+            loop.draining.pop(self, None)
             if loop.handlers.pop(self._event_fd, None) is not None:
                 loop.poller.unregister(self._event_fd)
                 loop.accept_again()
@@ -88,6 +89,14 @@ class EpollTransport(SocketTransport):
 
     def flush_soon(self) -> None:
         self.loop.dirty.append(self)
+
+    def drain(self) -> None:
+        loop = self.loop
+        if len(loop.draining) < DRAINING_MAX:
+            loop.draining[self] = None
+            loop.call_later(DRAIN, self.close)
+        else:
+            self.close()
 
     def finish(self) -> None:
         super().finish()
@@ -142,6 +151,7 @@ class EpollRuntime:
         self.poller = select.epoll()
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.dirty: list[EpollTransport] = []
+        self.draining: dict[EpollTransport, None] = {}
         self._timers: list[tuple[float, int, LoopTimer]] = []
         self._order = count()
         self._throttle = Throttle()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 CHUNK = 1 << 16  # bytes read at once
+DRAIN = 2.0  # seconds that a peer has to close, once all was sent to it
+DRAINING_MAX = 64  # connections of a process that wait for it
 # With these, a peer whose machine vanished is noticed after about 90 s.
 KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 60),
@@ -49,7 +51,11 @@ class SocketTransport(Transport):
     """The socket of one connection.
 
     The owner implements `changed` (`wants_write` may have changed, or the socket is
-    closed: `fd` is then -1) and `flush_soon`.
+    closed: `fd` is then -1), `flush_soon` and `drain`.
+
+    Closing a socket that has unread input resets the connection: the peer may never see
+    the last packets, which say why. So the end of the output is told first, and what
+    still comes is read and dropped until the peer closes too.
     """
 
     conn: Connection
@@ -60,6 +66,7 @@ class SocketTransport(Transport):
         self.tls = tls
         self.connecting = False
         self.finishing = False
+        self.draining = False  # all is sent, what comes is dropped
         # Bytes for the socket, as they go on the wire.
         self._unsent: bytes | memoryview = b""
         self._first = True
@@ -67,6 +74,10 @@ class SocketTransport(Transport):
     @abstractmethod
     def changed(self) -> None:
         """See the class."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """`draining` is set: call `close` in `DRAIN` seconds, or now."""
 
     @property
     def wants_write(self) -> bool:
@@ -199,8 +210,17 @@ class SocketTransport(Transport):
                 self._unsent = data
             if not self._push():
                 return
-        if self.finishing:
+        if self.finishing and not self.draining:
+            self._end_output()
+
+    def _end_output(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
             self.close()
+        else:
+            self.draining = True
+            self.drain()
 
     def _push(self) -> bool:
         """Send; true if nothing is left for later."""

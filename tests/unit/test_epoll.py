@@ -253,6 +253,30 @@ def test_abort_of_a_peer_that_never_reads(
         turn_until(loop, lambda: transport.fd < 0)
 
 
+def test_peers_that_do_not_close(
+    loop: EpollRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is over costs few descriptors, and not for long."""
+    monkeypatch.setattr("neo.lib.epoll.DRAINING_MAX", 2)
+    monkeypatch.setattr("neo.lib.epoll.DRAIN", 0.2)
+    server = Peer(loop)
+    address = loop.listen(("127.0.0.1", 0), server.accept)
+    with plain(address) as a, plain(address) as b, plain(address) as c:
+        turn_until(loop, lambda: len(server.conns) == 3)
+        for conn in server.conns:
+            conn.abort()
+        loop.flush()
+        fds = [conn.transport.fd for conn in server.conns]
+        assert [fd < 0 for fd in fds] == [False, False, True]
+        for sock in (a, b, c):
+            assert sock.recv(100) == HANDSHAKE
+            assert sock.recv(100) == b""
+        a.close()
+        turn_until(loop, lambda: server.conns[0].transport.fd < 0)
+        turn_until(loop, lambda: server.conns[1].transport.fd < 0)
+    assert not loop.draining
+
+
 def test_slow_peer(loop: EpollRuntime) -> None:
     """One byte at a time."""
     server = Peer(loop)
