@@ -7,9 +7,14 @@ from typing import Any
 
 from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
 
-from .protocol import decode_extension, shorten
+from .protocol import Error, decode_extension, shorten
 
 Message = tuple[int, int, tuple[Any, ...]]
+
+# Stands for nil, which an Error may have as id: neoppod complains so of a response that
+# it did not expect, if it got nothing else before (protocol 6.3). Never sent.
+NO_ID = -1
+_ERROR = Error.code
 
 # One for the process: packing runs no Python code, so nothing can interleave with it.
 pack = Packer().pack
@@ -144,4 +149,6 @@ def _checked(message: Any) -> Message:
             and 0 <= msg_id <= 0xFFFFFFFF
         ):
             return message
+        if msg_id is None and code == _ERROR and type(args) is tuple:
+            return NO_ID, code, args
     raise Malformed(f"not a packet: {shorten(message)}")

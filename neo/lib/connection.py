@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from .codec import Decoder, Malformed, Message, pack
+from .codec import NO_ID, Decoder, Malformed, Message, pack
 from .exception import ProtocolError
 from .handler import Closing, Handler, Refused, refuse
 from .node import nid_str
@@ -426,7 +426,8 @@ class Connection:
                     self,
                     error,
                 )
-                self.error(msg_id, ErrorCode.PROTOCOL_ERROR, str(error))
+                if msg_id != NO_ID:
+                    self.error(msg_id, ErrorCode.PROTOCOL_ERROR, str(error))
                 self.abort(str(error))
 
     def _response(
@@ -436,6 +437,14 @@ class Connection:
         if packet.code == _ERROR:
             code, text = args[0], args[1].decode(errors="replace")
             if request is None:
+                if msg_id == NO_ID:
+                    self.log.throttled(
+                        ("complaint", self.address[0]),
+                        30,
+                        "%s: did not expect an answer of ours: %s",
+                        self,
+                        text,
+                    )
                 self.handler.error(self, None, code, text)
                 return
             del self._pending[msg_id]

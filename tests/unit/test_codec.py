@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgpack import ExtType, packb
 
-from neo.lib.codec import Decoder, Malformed, pack
-from neo.lib.protocol import ENUMS, NodeType
+from neo.lib.codec import NO_ID, Decoder, Malformed, pack
+from neo.lib.protocol import ENUMS, Error, ErrorCode, NodeType
 from tests.fakes import packet_vectors
 
 STREAM = [v["data"] for v in packet_vectors()]
@@ -179,7 +179,7 @@ def test_noise(data: bytes) -> None:
     decoder = Decoder(LIMIT)
     try:
         for msg_id, code, args in decoder.feed(data):
-            assert 0 <= msg_id <= 0xFFFFFFFF
+            assert 0 <= msg_id <= 0xFFFFFFFF or code == Error.code
             assert isinstance(code, int)
             assert isinstance(args, tuple)
     except Malformed:
@@ -196,3 +196,11 @@ def test_noise(data: bytes) -> None:
 def test_not_a_message(value: object) -> None:
     with pytest.raises(Malformed):
         list(Decoder(LIMIT).feed(packb(value)))
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_error_without_id(big: bool) -> None:
+    """Of a peer that cannot tell which answer it did not expect."""
+    args = (int(ErrorCode.PROTOCOL_ERROR), b"why?", *([(0,) * 5000] if big else []))
+    data = packb([None, Error.code, args])
+    assert list(Decoder(LIMIT).feed(data)) == [(NO_ID, Error.code, args)]

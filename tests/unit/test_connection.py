@@ -235,6 +235,22 @@ def test_acknowledgement_is_a_success() -> None:
     assert got == ["done", 1]
 
 
+def test_complaint_without_id() -> None:
+    """Nobody knows what it is about: it is logged, and never answered."""
+    handler = Recorder()
+    conn = established(handler)
+    conn.ask(AskLastIDs)
+    output(conn)
+    conn.receive(pack((None, Error.code, (int(ErrorCode.PROTOCOL_ERROR), b"why?"))))
+    assert handler.errors == [(None, ErrorCode.PROTOCOL_ERROR, "why?")]
+    assert conn.pending == 1
+    assert not conn.closed
+    conn.handler = Handler()
+    conn.receive(pack((None, Error.code, (int(ErrorCode.NOT_READY), b"why?"))))
+    assert conn.closed
+    assert output(conn) == b""
+
+
 def test_unsolicited_error() -> None:
     """ACK and PROTOCOL_ERROR are logged; anything else is a mistake of the peer."""
     conn = established(Handler())
