@@ -77,6 +77,7 @@ class ClientHandler(Handler):
             if not self.operation.is_over:
                 # What is voted may still be finished by the master.
                 self.transactions.abort_of_node(node, voted=False)
+                self.operation.client_lost(node)
 
     # --- loads --------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
+from neo.lib.node import Node
 from neo.lib.protocol import (
     MAX_TID,
     AnswerFinalTID,
+    AskUnfinishedTransactions,
     CellState,
     NotifyReady,
     PackOrder,
@@ -24,7 +26,7 @@ from .background import Background, Chores
 from .client import ClientHandler
 from .database.interface import Tid
 from .initialization import Cells, MasterHandler
-from .locks import ABSENT, BLIND, COMPLETE, READABLE
+from .locks import ABSENT, BLIND, COMPLETE, READABLE, VOTED
 from .peers import PeerHandler
 from .replication import Replication
 from .transactions import Transactions
@@ -145,6 +147,33 @@ class Operation:
 
     def _transaction_ended(self, ttid: Tid) -> None:
         self.replication.try_finish()
+
+    def client_lost(self, node: Node) -> None:
+        """The connection of a client is lost: may what it voted still be finished?
+
+        If the client aborted a transaction, what the master forwards of it may be here
+        before the last packets of the lost connection, which make the transaction known
+        again: nobody would ever end it. The master knows which ones are unfinished, and
+        will say how they end.
+        """
+        transactions = self.transactions
+        voted = [
+            transaction
+            for transaction in transactions.by_ttid.values()
+            if transaction.node is node and transaction.state == VOTED
+        ]
+
+        def answered(max_tid: Tid, ttids: Sequence[Tid]) -> None:
+            if self.is_over:
+                return
+            for transaction in voted:
+                ttid = transaction.ttid
+                if ttid not in ttids and transactions.by_ttid.get(ttid) is transaction:
+                    transactions.abort(ttid)
+
+        if voted:
+            assert self.node.master is not None
+            self.node.master.ask(AskUnfinishedTransactions, []).then(answered)
 
     # --- partition table ----------------------------------------------------------
 

@@ -19,6 +19,7 @@ from neo.lib.protocol import (
     AnswerStoreTransaction,
     AnswerTIDsFrom,
     AnswerTransactionInformation,
+    AnswerUnfinishedTransactions,
     AskCheckCurrentSerial,
     AskFinalTID,
     AskLockInformation,
@@ -31,12 +32,14 @@ from neo.lib.protocol import (
     AskTIDs,
     AskTIDsFrom,
     AskTransactionInformation,
+    AskUnfinishedTransactions,
     AskVoteTransaction,
     CellState,
     Error,
     ErrorCode,
     NotifyDeadlock,
     NotifyUnlockInformation,
+    StopOperation,
 )
 from neo.storage import pending, transactions
 from neo.storage.database.memory import MemoryBackend
@@ -696,6 +699,50 @@ def test_lost_reader_is_forgotten(h: Harness) -> None:
     h.m.unlock(T1)
     c.packets()
     assert c.load(A)[1] == T1
+
+
+def test_abort_that_overtakes_the_vote(h: Harness) -> None:
+    """The last packets of a lost connection come after the master's AbortTransaction.
+
+    What they leave here would never end, and keep its locks.
+    """
+    c, d = h.client(), h.client(2)
+    h.m.abort(T1)
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    c.store(T2, B, b"2")
+    c.vote(T2, B)
+    d.store(T3, A, b"3")
+    nothing(d, h.m)
+    c.lose()
+    _, msg_id, args = h.m.expect(AskUnfinishedTransactions)
+    assert args == ((),)
+    nothing(d)
+    h.m.send(AnswerUnfinishedTransactions, ZERO_TID, (T2, T3), msg_id=msg_id)
+    accepted(d)
+    assert set(h.backend.locked_transactions()) == {T2}
+    h.m.lock(T2, T2)
+    h.m.unlock(T2)
+    assert d.load(B)[1] == T2
+
+
+@pytest.mark.parametrize("end", ["finished", "stopped"])
+def test_vote_of_a_lost_client_is_over_before_the_answer(h: Harness, end: str) -> None:
+    c = h.client()
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    c.lose()
+    _, msg_id, _ = h.m.expect(AskUnfinishedTransactions)
+    if end == "finished":
+        h.m.lock(T1, T1)
+        h.m.unlock(T1)
+        h.m.packets()
+    else:
+        h.m.send(StopOperation)
+    h.m.send(AnswerUnfinishedTransactions, T1, (), msg_id=msg_id)
+    assert not h.m.is_closed
+    if end == "finished":
+        assert h.client(2).load(A)[1] == T1
 
 
 def test_pack_at_a_tid_that_no_database_holds(h: Harness) -> None:
