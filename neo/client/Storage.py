@@ -554,7 +554,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         while not txn.voted:
             self._resolve(txn)
             with self._runtime:
-                if txn.wait_stores():
+                if not txn.vote_early() and txn.wait_stores():
                     txn.vote()
         return txn.resolved_oids()
 

@@ -31,6 +31,7 @@ from neo.lib.exception import NeoError, ProtocolError
 from neo.lib.handler import Handler
 from neo.lib.node import Node, NodeManager, nid_str
 from neo.lib.protocol import (
+    FEATURE_EARLY_VOTE,
     FEATURE_SIZE,
     FEATURES,
     ZERO_HASH,
@@ -274,7 +275,7 @@ class StorageIdentification(Handler):
             None,
             app.options.cluster.encode(),
             None if me is None else me.id_timestamp,
-            {FEATURES: [FEATURE_SIZE]},
+            {FEATURES: [FEATURE_SIZE, FEATURE_EARLY_VOTE]},
         ).then(
             lambda *args: self._accepted(conn, *args),
             lambda code, text: (
@@ -330,6 +331,12 @@ class StorageHandler(Handler):
         txn = self.app.transactions.get(ttid)
         if txn is not None:
             txn.deadlock(conn, self.nid, oid)
+
+
+def offers(conn: Connection, feature: bytes) -> bool:
+    """Whether a storage named a feature beyond protocol 5."""
+    handler = conn.handler
+    return isinstance(handler, StorageHandler) and feature in handler.features
 
 
 class ClientApp:
@@ -1017,11 +1024,7 @@ class ClientApp:
         for conn in links.values():
             if conn is None:
                 continue
-            handler = conn.handler
-            if (
-                not isinstance(handler, StorageHandler)
-                or FEATURE_SIZE not in handler.features
-            ):
+            if not offers(conn, FEATURE_SIZE):
                 return None
             answer = self.ask(conn, AskSize)
             if answer.value is None:

@@ -23,9 +23,10 @@ from typing import Any
 from ZODB import POSException
 
 from neo.lib.compress import decompress
-from neo.lib.connection import Connection
+from neo.lib.connection import Connection, Request
 from neo.lib.node import nid_str
 from neo.lib.protocol import (
+    FEATURE_EARLY_VOTE,
     MAX_TID,
     ZERO_HASH,
     ZERO_TID,
@@ -47,7 +48,7 @@ from neo.lib.protocol import (
 )
 from neo.lib.util import add64
 
-from .app import Answer, ClientApp, Refusal, not_found
+from .app import Answer, ClientApp, Refusal, not_found, offers
 from .exception import (
     NEOStorageError,
     NEOStorageNotFoundError,
@@ -124,6 +125,7 @@ class Transaction:
         self.session = 0
         self.voting = self.voted = self.ended = False
         self.restored = False
+        self.tried_early_vote = False
         self.pack: Pack | None = None
         self.error: Exception | None = None
         # All objects in the order of their first store or check.
@@ -567,6 +569,51 @@ class Transaction:
 
     # --- vote -------------------------------------------------------------------------
 
+    def vote_early(self) -> bool:
+        """Vote without waiting for the stores' answers; false if it must be done later.
+
+        One round trip less, if all of the transaction is on one storage and that
+        offers it (`FEATURE_EARLY_VOTE`): it refuses if a store waits or conflicts.
+        """
+        if self.tried_early_vote or not self.pending:
+            return False
+        self.tried_early_vote = True
+        self.check_session()
+        app = self.app
+        partition = app.pt.partition_of(self.ttid)
+        cells = app.pt.cells[partition]
+        self._connect(cells)
+        if len(self.conns) != 1 or self.failed or self.relocking or self._has_work():
+            return False
+        ((nid, conn),) = self.conns.items()
+        if list(cells) != [nid] or not offers(conn, FEATURE_EARLY_VOTE):
+            return False
+        self.check_session()
+        answer = Answer()
+        self._ask_store_transaction(conn).then(answer.set, answer.fail)
+        app.runtime.wait(lambda: answer.done, (conn,))
+        if answer.code is not None and answer.code != ErrorCode.INCOMPLETE_TRANSACTION:
+            self.error = NEOStorageError(f"storage {nid_str(nid)}: {answer.text}")
+        elif answer.lost:
+            self.node_failed(nid)
+        self.check_session()
+        if answer.value is None:
+            return False
+        # It answers stores before the vote, and accepts it if all are granted. What is
+        # left is an answer to NotifyDeadlock, which came too late to matter.
+        app.runtime.wait(lambda: not (self.pending or self.relocking), (conn,))
+        self.check_session()
+        self.voting = True
+        if self.failed:
+            self._arbitrate()
+        self.voted = True
+        return True
+
+    def _ask_store_transaction(self, conn: Connection) -> Request:
+        return conn.ask(
+            AskStoreTransaction, self.ttid, *self.metadata, list(self.oids), self.pack
+        )
+
     def vote(self) -> None:
         """Ask all storages involved to vote; all stores are answered before.
 
@@ -600,13 +647,7 @@ class Transaction:
         awaiting.update(dict.fromkeys(conns))
         for nid, conn in conns.items():
             request = (
-                conn.ask(
-                    AskStoreTransaction,
-                    self.ttid,
-                    *self.metadata,
-                    list(self.oids),
-                    self.pack,
-                )
+                self._ask_store_transaction(conn)
                 if nid in cells
                 else conn.ask(AskVoteTransaction, self.ttid)
             )

@@ -968,6 +968,10 @@ def NotifyUpstreamAdmin(address: WireAddress) -> None:
 
 FEATURES = b"features"
 FEATURE_SIZE = b"size"
+# AskStoreTransaction may follow the stores at once, if one storage has all of the
+# transaction. It is refused with INCOMPLETE_TRANSACTION, without effect, as long as a
+# store or a check waits, or is in conflict: the client then resolves, and votes again.
+FEATURE_EARLY_VOTE = b"early-vote"
 
 
 @packet(0x7000, "S -> C")

@@ -19,6 +19,7 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
+    FEATURE_EARLY_VOTE,
     FEATURE_SIZE,
     FEATURES,
     AcceptIdentification,
@@ -170,7 +171,8 @@ class Identification(Handler):
         conn.send(AcceptIdentification, msg_id, args)
         features = extra.get(FEATURES)
         if isinstance(features, tuple) and peer.type is NodeType.CLIENT:
-            conn.notify(NotifyFeatures, (FEATURE_SIZE,))
+            peer.extra["features"] = features
+            conn.notify(NotifyFeatures, (FEATURE_SIZE, FEATURE_EARLY_VOTE))
 
     def look_again(self) -> None:
         """The master told more: look again at who waits."""

@@ -79,7 +79,8 @@ class Write:
 class Transaction:
     """A transaction in progress on this node.
 
-    `checks` maps an oid to the serial that must still be current; `blind` are the oids
+    `checks` maps an oid to the serial that must still be current; `conflicts` are the
+    oids whose last store or check was refused; `blind` are the oids
     written without lock, `locks` those whose write lock is held; `notified` those for
     which the client was asked to lock again; `waiting` counts the parked requests per
     oid.
@@ -88,6 +89,7 @@ class Transaction:
     __slots__ = (
         "blind",
         "checks",
+        "conflicts",
         "has_metadata",
         "is_durable",
         "locks",
@@ -112,6 +114,7 @@ class Transaction:
         self.tid: Tid | None = None
         self.writes: dict[Oid, Write] = {}
         self.checks: dict[Oid, Tid] = {}
+        self.conflicts: dict[Oid, None] = {}
         self.blind: dict[Oid, None] = {}
         self.locks: dict[Oid, None] = {}
         self.notified: dict[Oid, None] = {}

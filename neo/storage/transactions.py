@@ -20,9 +20,10 @@ from struct import Struct
 
 from neo.lib.connection import LIMIT, Connection
 from neo.lib.exception import ProtocolError
-from neo.lib.handler import not_ready
+from neo.lib.handler import Refused, not_ready
 from neo.lib.node import Node
 from neo.lib.protocol import (
+    FEATURE_EARLY_VOTE,
     MAX_TID,
     MAX_TRANSACTION_OIDS,
     ZERO_TID,
@@ -238,8 +239,10 @@ class Transactions:
             return
         else:
             assert type(outcome) is bytes, outcome
+            transaction.conflicts[oid] = None
             self._answer(demand, outcome)
             return
+        transaction.conflicts.pop(oid, None)
         if demand.kind == STORE:
             assert write is not None
             transaction.checks.pop(oid, None)
@@ -442,8 +445,12 @@ class Transactions:
                 raise ProtocolError(f"unknown transaction {ttid.hex()}")
             transaction = self._join(conn, ttid)
             answer, kept = AnswerVoteTransaction, None
-        if transaction.waiting:
-            raise ProtocolError(f"{ttid.hex()} voted while its stores wait")
+        if transaction.waiting or transaction.conflicts or transaction.spilling:
+            assert conn.node is not None
+            if FEATURE_EARLY_VOTE in conn.node.extra.get("features", ()):
+                raise Refused(ErrorCode.INCOMPLETE_TRANSACTION)
+            if transaction.waiting:
+                raise ProtocolError(f"{ttid.hex()} voted while its stores wait")
         transaction.state = VOTED
         stores = [
             Store(oid, write.value_tid, write.value)

@@ -501,7 +501,7 @@ def test_features() -> None:
     h.client()
     peer = identify(h, C1, 2.5, extra={b"features": (b"size",)})
     peer.expect(AcceptIdentification)
-    assert peer.receive(NotifyFeatures) == ((b"size",),)
+    assert peer.receive(NotifyFeatures) == ((b"size", b"early-vote"),)
     assert peer.ask(AskSize)[0] > 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from neo.lib.protocol import (
+    FEATURE_EARLY_VOTE,
     INVALID_PARTITION,
     MAX_TID,
     ZERO_HASH,
@@ -394,6 +395,34 @@ def test_eager_unlock() -> None:
     revision = h.backend.load(A)
     assert revision is not None
     assert revision[0] == T2
+
+
+def test_early_vote() -> None:
+    """A vote that comes before the answers to stores is refused, not harmful, as long
+    as one of them waits or conflicts."""
+    h = Harness()
+    h.operate()
+    other, c = h.client(), h.client(2)
+    assert c.conn.node is not None
+    c.conn.node.extra["features"] = (FEATURE_EARLY_VOTE,)
+    other.store(T1, A, b"a")
+    accepted(other)
+    c.store(T2, A, b"b")
+    c.vote(T2, A)  # the store waits
+    assert c.receive(Error)[0] == ErrorCode.INCOMPLETE_TRANSACTION
+    other.vote(T1, A)
+    other.expect(AnswerStoreTransaction)
+    h.m.lock(T1, T1)
+    h.m.expect(AnswerInformationLocked)
+    h.m.unlock(T1)
+    assert c.receive(AnswerStoreObject) == (T1,)
+    c.vote(T2, A)  # the conflict is not resolved
+    assert c.receive(Error)[0] == ErrorCode.INCOMPLETE_TRANSACTION
+    c.store(T2, A, b"c", base=T1)
+    c.vote(T2, A)
+    accepted(c)
+    assert c.receive(AnswerStoreTransaction) == ()
+    assert h.backend.locked_transactions() == {T2: None}
 
 
 def test_vote_without_metadata() -> None:
