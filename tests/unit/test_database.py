@@ -1170,6 +1170,17 @@ class Transactions(RuleBasedStateMachine):
         self.db.close()
 
 
+def test_spilled_value_that_loses_its_other_reference() -> None:
+    """Found by the machine below: the mark of spilled values was above this one."""
+    db = MemoryBackend(dedup=True)
+    start(db)
+    write(db, ("vote", p64(1001), [store(0, "a")], meta(0)))
+    write(db, ("spill", p64(0), val("a")))  # the same data row
+    write(db, ("abort", p64(1001)))
+    after = MemoryBackend(db.image())
+    assert rows(after, "SELECT id FROM data") == []
+
+
 class DedupTransactions(Transactions):
     dedup = True
 

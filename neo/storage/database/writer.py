@@ -41,7 +41,7 @@ class SQLWriter(SQLReader):
         """Forget what is counted in memory."""
         self._references: dict[int, int] = {}  # data id -> uses that aren't committed
         self._spilled: dict[int, int] = {}  # data id -> uses
-        self._marks: dict[int, None] = {}  # first data ids of marked partitions
+        self._marks: dict[int, int] = {}  # first data id of a range -> lowest spilled
         self._next_data_id: dict[int, int] = {}  # by first data id of the partition
 
     # --- what a database brings -------------------------------------------------
@@ -199,12 +199,12 @@ class SQLWriter(SQLReader):
         return data_id
 
     def spill(self, oid: Oid, value: Value) -> int:
-        partition = u64(oid) % self.layout.partitions
-        first = _first_data_id(partition)
-        if first not in self._marks:
-            self._marks[first] = None
-            self.set_config(f"{MARK}{first}", str(self._next_id(first)))
-        data_id = self._insert_value(partition, value)
+        data_id = self._insert_value(u64(oid) % self.layout.partitions, value)
+        # With dedup, an equal value may have any id, and lose its other references.
+        first = data_id - data_id % DATA_ID_RANGE
+        if data_id < self._marks.get(first, data_id + 1):
+            self._marks[first] = data_id
+            self.set_config(f"{MARK}{first}", str(data_id))
         self._refer(data_id)
         self._spilled[data_id] = self._spilled.get(data_id, 0) + 1
         return data_id
