@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -70,9 +71,19 @@ def listening(address: Address) -> bool:
     return True
 
 
+def _follow_parent() -> None:
+    """Die with the process that runs the tests, however it ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _run(module: str, argv: list[str], stderr: str, env: dict[str, str]) -> None:
     """Body of a node's process."""
     os.environ.update(env)
+    threading.Thread(target=_follow_parent, daemon=True).start()
     fd = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 2)
     os.close(fd)
