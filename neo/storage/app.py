@@ -107,6 +107,7 @@ class StorageNode:
             options.limits.master_timeout,
         )
         self._refusals = 0
+        self._gives_up_nid = False
         self._expects_all_nodes = False
         self._repairing = False
         self._stopping = False
@@ -191,7 +192,7 @@ class StorageNode:
         is_clone = self.options.new_nid
         return (
             NodeType.STORAGE,
-            None if is_clone else self.nid,
+            None if is_clone or self._gives_up_nid else self.nid,
             None if is_clone else wire_address(self.address),
             self.options.cluster.encode(),
             None,
@@ -203,6 +204,12 @@ class StorageNode:
         if code != ErrorCode.PROTOCOL_ERROR:
             return  # NOT_READY: later, maybe
         self._refusals += 1
+        # The nid of an empty database is a wish: a master that lost the election gave
+        # it, maybe, and another storage has it. But it may also be in a table that was
+        # not written here yet, so it is given up for one attempt out of two only.
+        # Source: behaviour 12.1 D8.
+        is_wish = self.pt.ptid is None and self.options.nid is None
+        self._gives_up_nid = is_wish and not self._gives_up_nid
         limit = self.options.max_refusals
         if limit and self._refusals >= limit:
             self.log.error("refused %d times by the masters: %s", self._refusals, text)
@@ -212,6 +219,7 @@ class StorageNode:
         if nid_type(nid) is not NodeType.STORAGE:
             raise ProtocolError(f"{nid} is no id of a storage node")
         self._refusals = 0
+        self._gives_up_nid = False
         self.master = conn
         self._expects_all_nodes = True
         handler = Initialization(self)

@@ -13,7 +13,7 @@ from neo.lib.connection import Connection
 from neo.lib.handler import Handler
 from neo.lib.protocol import READABLE, AcceptIdentification, ClusterState, NodeType
 from tests.history import OK
-from tests.simulation.cluster import Cluster, Disk, Shape, transactions_of
+from tests.simulation.cluster import CLUSTER, Cluster, Disk, Shape, transactions_of
 from tests.simulation.faults import KINDS
 from tests.simulation.runtime import SimRuntime, Simulation
 from tests.simulation.scenario import Run
@@ -253,6 +253,30 @@ def test_sessions_that_end_at_once(name: str, nid: int) -> None:
     cluster.start(name)
     sim.run(20)
     assert 15 <= sim.app("m0").accepted <= 42
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_empty_storages_with_one_nid(is_running: bool) -> None:
+    """Each got it from another master; or its owner has data meanwhile."""
+    sim = Simulation()
+    cluster = Cluster(sim, Shape(storages=2, replicas=1, partitions=2))
+    for name in cluster.storages:
+        backend = cluster.disks[name].open()
+        backend.begin(True)
+        backend.set_name(CLUSTER)
+        backend.set_nid(1)
+        backend.commit()
+    if is_running:
+        cluster.shape.storages = 1
+        cluster.start("m0", "s0")
+        sim.run_until(lambda: cluster.running, 20)
+        cluster.start("s1")
+    else:
+        cluster.start("m0", "s0", "s1")
+    sim.run_until(
+        lambda: {sim.app(name).nid for name in cluster.storages} == {1, 2}, 20
+    )
+    assert sim.app("s0").nid == 1 or not is_running
 
 
 # --- random runs ----------------------------------------------------------------------

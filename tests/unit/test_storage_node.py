@@ -162,6 +162,28 @@ def test_refusals() -> None:
     assert h.status is None  # not ready is no refusal
 
 
+@pytest.mark.parametrize("case", ["empty", "member", "told"])
+def test_nid_that_is_refused(case: str) -> None:
+    """That of an empty database is a wish only."""
+    h = Harness()
+    if case == "member":
+        h.operate()
+    else:
+        h.master()
+    h = restart(h, **({"nid": 1} if case == "told" else {}))
+    nids = []
+    for _ in range(3):
+        peer = h.answer_call()
+        _, msg_id, args = peer.expect(RequestIdentification)
+        nids.append(args[1])
+        peer.send(Error, ErrorCode.PROTOCOL_ERROR, b"duplicated", msg_id=msg_id)
+    assert nids == ([1, None, 1] if case == "empty" else [1, 1, 1])
+    peer = h.answer_call()
+    _, msg_id, _ = peer.expect(RequestIdentification)
+    peer.send(AcceptIdentification, NodeType.MASTER, M1, 7, msg_id=msg_id)
+    assert h.node.nid == h.backend.settings().nid == 7
+
+
 @pytest.mark.parametrize("operates", [False, True])
 def test_down_ends_the_process(operates: bool) -> None:
     h = Harness()
