@@ -22,7 +22,7 @@ from neo.lib.handler import Closing, Handler
 from neo.lib.util import Address
 
 if TYPE_CHECKING:
-    from .runtime import Process, Simulation
+    from .runtime import Process, SimRuntime, Simulation
 
 CHUNK = 1 << 16  # bytes delivered at once
 WINDOW = 1 << 18  # bytes of one direction that the kernels hold
@@ -244,11 +244,11 @@ class Listener:
         self.accept = accept
 
 
-def connect(process: Process, address: Address, handler: Handler) -> Connection:
+def connect(runtime: SimRuntime, address: Address, handler: Handler) -> Connection:
     """Start connecting: see `Runtime.connect`."""
-    sim = process.sim
+    process, sim = runtime.process, runtime.sim
     transport = SimTransport(process)
-    conn = Connection(process.runtime, transport, address, handler, incoming=False)
+    conn = Connection(runtime, transport, address, handler, incoming=False)
     transport.conn = conn
 
     def refuse(reason: str) -> None:
@@ -312,6 +312,6 @@ def connect(process: Process, address: Address, handler: Handler) -> Connection:
         if transport.open:
             conn.established()
 
-    delay = process.throttle.delay(address, process.monotonic())
+    delay = runtime.throttle.delay(address, process.monotonic())
     process.post_later(delay, "syn", syn, 0)
     return conn

@@ -137,12 +137,16 @@ class SimTimer:
 
 
 class SimRuntime:
-    """What one incarnation of a node knows of the world: a ClientRuntime."""
+    """What one incarnation of a node knows of the world: a ClientRuntime.
 
-    def __init__(self, process: Process, incarnation: int) -> None:
+    A process with several clients has one for each.
+    """
+
+    def __init__(self, process: Process, incarnation: int | str) -> None:
         self.process = process
         self.sim = process.sim
         self.log = SimLogger(process)
+        self.throttle = Throttle()
         self.rng = Random(f"{self.sim.seed}:{process.name}:{incarnation}")
 
     def now(self) -> float:
@@ -157,10 +161,10 @@ class SimRuntime:
         return timer
 
     def connect(self, address: Address, handler: Handler) -> Connection:
-        return network.connect(self.process, address, handler)
+        return network.connect(self, address, handler)
 
     def connection_succeeded(self, address: Address) -> None:
-        self.process.throttle.succeeded(address, self.monotonic())
+        self.throttle.succeeded(address, self.monotonic())
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]
@@ -228,7 +232,6 @@ class Process:
         self.drift = 0.0  # seconds to add, per second
         self.disk_latency = sim.disk_latency  # mean, seconds
         self.runtime: SimRuntime
-        self.throttle: Throttle
         self.transports: dict[SimTransport, None] = {}
         self.dirty: list[SimTransport] = []
         self.threads: dict[greenlet, None] = {}
@@ -264,7 +267,6 @@ class Process:
         self._offset = rng.uniform(0, 1e6)
         self._stopping = self.status = None
         self._queues = {}
-        self.throttle = Throttle()
         self.runtime = SimRuntime(self, self.incarnation)
         if self.sim.current is None:
             self._handle(self.incarnation, "start", self._start, (self.factory,))
