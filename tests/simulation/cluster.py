@@ -125,17 +125,23 @@ class Shape:
 
 
 class Cluster:
-    """All nodes of a cluster, by the names of their processes: m0, s0, a0, c0..."""
+    """All nodes of a cluster, by the names of their processes: m0, s0, a0, c0...
 
-    def __init__(self, sim: Simulation, shape: Shape | None = None) -> None:
+    `number` tells clusters of one world apart: m0.1...
+    """
+
+    def __init__(
+        self, sim: Simulation, shape: Shape | None = None, number: int = 0
+    ) -> None:
         self.sim = sim
         self.shape = shape = shape or Shape()
-        self.masters = [f"m{i}" for i in range(shape.masters)]
-        self.storages = [f"s{i}" for i in range(shape.storages)]
-        self.admins = [f"a{i}" for i in range(shape.admins)]
-        self.clients = [f"c{i}" for i in range(shape.clients)]
+        suffix = f".{number}" if number else ""
+        self.masters = [f"m{i}{suffix}" for i in range(shape.masters)]
+        self.storages = [f"s{i}{suffix}" for i in range(shape.storages)]
+        self.admins = [f"a{i}{suffix}" for i in range(shape.admins)]
+        self.clients = [f"c{i}{suffix}" for i in range(shape.clients)]
         self.addresses: dict[str, Address] = {
-            name: (HOST, base + i)
+            name: (HOST, base + 100 * number + i)
             for base, names in (
                 (10000, self.masters), (20000, self.storages), (30000, self.admins)
             )
