@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import transaction
 from ZODB.tests.StorageTestBase import StorageTestBase
@@ -11,8 +11,20 @@ from neo.client.Storage import Storage
 from tests.cluster.harness import Cluster
 
 
+class AnyCluster(Protocol):
+    """A cluster that runs."""
+
+    def storage(self, **options: Any) -> Storage:
+        """A new client."""
+
+    def close(self) -> None:
+        """End it, and its clients."""
+
+
 class NEOTestCase(StorageTestBase):
     """One empty cluster per test, `storages` storage nodes."""
+
+    __test__ = False
 
     storages = 1
     replicas = 0
@@ -29,7 +41,8 @@ class NEOTestCase(StorageTestBase):
         finally:
             self.cluster.close()
 
-    def new_cluster(self, name: str = "test") -> Cluster:
+    def new_cluster(self, name: str = "test") -> AnyCluster:
+        """Processes, unless a subclass knows better."""
         cluster = Cluster(name=name, storages=self.storages, replicas=self.replicas)
         cluster.start()
         return cluster

@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from . import suites
 
-import pytest
-import ZODB
-from BTrees.tests import testConflict
-from ZEO.tests.InvalidationTests import InvalidationTests
-from ZODB.FileStorage import FileStorage
-from ZODB.tests import (
-    BasicStorage,
-    ConflictResolution,
-    HistoryStorage,
-    IteratorStorage,
-    MTStorage,
-    PackableStorage,
-    PersistentStorage,
-    ReadOnlyStorage,
-    RecoveryStorage,
-    RevisionStorage,
-    Synchronization,
-    TransactionalUndoStorage,
-    testZODB,
-)
-from ZODB.tests.testMVCCMappingStorage import MVCCTests
-
-from .base import NEOTestCase
-
-pytestmark = [
-    # ZODB's suites leave files and iterators to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-PACK = pytest.mark.xfail(reason="storages do not pack yet", strict=True)
+pytestmark = suites.WARNINGS
 
 
-class NEOStorageTests(
-    NEOTestCase,
-    BasicStorage.BasicStorage,
-    ConflictResolution.ConflictResolvingStorage,
-    ConflictResolution.ConflictResolvingTransUndoStorage,
-    HistoryStorage.HistoryStorage,
-    IteratorStorage.IteratorStorage,
-    IteratorStorage.ExtendedIteratorStorage,
-    MTStorage.MTStorage,
-    MVCCTests,
-    PackableStorage.PackableStorageWithOptionalGC,
-    PackableStorage.PackableUndoStorage,
-    PersistentStorage.PersistentStorage,
-    ReadOnlyStorage.ReadOnlyStorage,
-    RevisionStorage.RevisionStorage,
-    Synchronization.SynchronizedStorage,
-    TransactionalUndoStorage.TransactionalUndoStorage,
-):
-    """All that a storage can do."""
-
-    __test__ = False
-
-    use_extension_bytes = True
-
-
-class OneStorageTests(NEOStorageTests):
+class OneStorageTests(suites.NEOStorageTests):
     """On one storage node."""
 
     __test__ = True
 
 
-class ThreeStoragesTests(NEOStorageTests):
+class ThreeStoragesTests(suites.NEOStorageTests):
     """On three storage nodes."""
 
     __test__ = True
@@ -77,146 +21,37 @@ class ThreeStoragesTests(NEOStorageTests):
     storages = 3
 
 
-class RecoveryTests(NEOTestCase, RecoveryStorage.RecoveryStorage):
+class RecoveryTests(suites.RecoveryTests):
     """From one cluster to another."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.other = self.new_cluster("other")
-        self._dst: Any = self.new_dest()
-
-    def new_dest(self) -> Any:
-        return self.other.storage()
-
-    def tearDown(self) -> None:
-        self._dst.close()
-        try:
-            super().tearDown()
-        finally:
-            self.other.close()
+    __test__ = True
 
 
-class LastRecords:
-    """A FileStorage, less the records that a later one of the transaction replaces."""
-
-    def __init__(self, storage: FileStorage) -> None:
-        self.storage = storage
-
-    def iterator(self) -> Iterator[Any]:
-        for transaction in self.storage.iterator():
-            records = {record.oid: record for record in transaction}
-            yield Replaced(transaction, list(records.values()))
-
-
-class Replaced:
-    """A transaction with other records."""
-
-    def __init__(self, transaction: Any, records: list[Any]) -> None:
-        self._transaction = transaction
-        self._records = records
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transaction, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._records)
-
-
-class RecoveryFromFileTests(RecoveryTests):
+class RecoveryFromFileTests(suites.RecoveryFromFileTests):
     """From a FileStorage to a cluster."""
 
-    def testRestoreWithMultipleUndoRedo(self) -> None:
-        # Undoing several transactions in one makes FileStorage write several records
-        # of an object; NEO has at most one record per transaction and object.
-        def compare(storage1: Any, storage2: Any) -> None:
-            RecoveryTests.compare(self, LastRecords(storage1), storage2)
-
-        self.compare = compare
-        super().testRestoreWithMultipleUndoRedo()
-
-    def open(self, **options: Any) -> None:
-        self._storage = FileStorage("Source.fs", create=True, **options)
+    __test__ = True
 
 
-class RecoveryToFileTests(NEOTestCase, RecoveryStorage.RecoveryStorage):
+class RecoveryToFileTests(suites.RecoveryToFileTests):
     """From a cluster to a FileStorage."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self._dst = FileStorage("Dest.fs", create=True)
-
-    def new_dest(self) -> Any:
-        return FileStorage("Dest.fs")
-
-    def tearDown(self) -> None:
-        self._dst.close()
-        super().tearDown()
+    __test__ = True
 
 
-class ZODBTests(NEOTestCase, testZODB.ZODBTests):
+class ZODBTests(suites.ZODBTests):
     """A database on NEO."""
 
-    def setUp(self) -> None:
-        NEOTestCase.setUp(self)
-        self._db = ZODB.DB(self._storage)
-
-    def tearDown(self) -> None:
-        self._db.close()
-        NEOTestCase.tearDown(self)
+    __test__ = True
 
 
-class BTreesConflictTests(NEOTestCase, testConflict.NastyConfictFunctionalTests):
+class BTreesConflictTests(suites.BTreesConflictTests):
     """BTrees' conflict resolution on a real storage."""
 
-    def setUp(self) -> None:
-        testConflict.NastyConfictFunctionalTests.setUp(self)
-        NEOTestCase.setUp(self)
-
-    def openDB(self) -> Any:
-        self.storage = self._storage
-        self.db = ZODB.DB(self._storage)
-        return self.db
-
-    def tearDown(self) -> None:
-        testConflict.NastyConfictFunctionalTests.tearDown(self)
-        NEOTestCase.tearDown(self)
+    __test__ = True
 
 
-class ZEOInvalidationTests(NEOTestCase, InvalidationTests):
+class ZEOInvalidationTests(suites.ZEOInvalidationTests):
     """Clients that modify one BTree concurrently."""
 
-    MINTIME = 1
-
-    def openClientStorage(self, *_: Any, **__: Any) -> Any:
-        return self.cluster.storage()
-
-
-for name in dir(ZEOInvalidationTests):
-    if name.startswith("check"):
-        test = getattr(ZEOInvalidationTests, name)
-        setattr(ZEOInvalidationTests, f"test{name[5:]}", test)
-
-# Where a test passes without anything being packed, it must go on doing so.
-NEEDS_PACK = """
-testPackJustOldRevisions
-testPackAllRevisions
-testPackAllRevisionsNoGC
-testPackUndoLog
-testPackUnlinkedFromRoot
-testPackOnlyOneObject
-testPackWithMultiDatabaseReferences
-testTransactionalUndoAfterPackWithObjectUnlinkFromRoot
-testTransactionalUndoAfterPack
-testPackWithGCOnDestinationAfterRestore
-"""
-
-for suite in (
-    OneStorageTests,
-    ThreeStoragesTests,
-    RecoveryTests,
-    RecoveryFromFileTests,
-):
-    for name in NEEDS_PACK.split():
-        if hasattr(suite, name):
-            setattr(suite, name, PACK(getattr(suite, name)))
-del suite, test
+    __test__ = True
