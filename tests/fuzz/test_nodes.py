@@ -82,7 +82,7 @@ class World:
     def peer(self, name: str) -> Peer:
         """A new connection to a node, not identified."""
         peer = Peer()
-        self.runtime.process.throttle = Throttle()  # time is short
+        self.runtime.throttle = Throttle()  # time is short
         peer.conn = self.runtime.connect(self.cluster.addresses[name], peer)
         peer.conn.trust()
         self.sim.run_until(lambda: peer.connections or peer.closings, 5)
