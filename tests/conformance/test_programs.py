@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, POSError, Unsupported
 from ZODB.tests.hexstorage import HexStorage
 
+from neo.client import shell
 from neo.client.Storage import Storage
 from tests.cluster.harness import Cluster, until
 
@@ -156,8 +156,10 @@ def test_file_and_back(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_fork_untold(cluster: Cluster, closed: bool) -> None:
-    """A process forked without Python's hooks, as uWSGI's workers, has its own
-    connections.
+    """A process forked without hooks, as uWSGI's workers, has its own connections.
+
+    Python's own hooks run: without them a thread that waits for the interpreter's lock
+    would hang the child, whoever forks.
     """
     storage: Storage = cluster.storage()
     db = ZODB.DB(storage)
@@ -165,7 +167,9 @@ def test_fork_untold(cluster: Cluster, closed: bool) -> None:
         connection.root()["x"] = PersistentMapping()
     if closed:
         db.close()
-    pid = ctypes.PyDLL(None).fork()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shell, "_forkables", {})
+        pid = os.fork()
     if pid == 0:
         status = 1
         try:
