@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .exception import NeoError, ProtocolError
-from .protocol import BY_CODE, ErrorCode, Packet
+from .protocol import BY_CODE, ErrorCode, Packet, Pong
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -72,8 +72,6 @@ class Handler:
 
     def ping(self, conn: Connection) -> None:
         """Ping is answered in every state."""
-        from .protocol import Pong
-
         conn.answer(Pong)
 
 
