@@ -220,16 +220,13 @@ class Verifying(PrimaryPhase):
         master = self.master
         master.storage_down(node)
         self.asked.pop(node, None)
-        if master.truncate_tid is not None:
-            # It must do it too, so its cells are not to be outdated.
+        if master.truncate_tid is not None or node.nid in master.pt.readable_nids():
+            # Its cells are not to be outdated: it must truncate too, or it may alone
+            # know the tid of a transaction that its client was told is committed.
             master.leave_operation()
             return
-        master.outdate(node.nid)
         master.packs.storage_lost(node)
-        if not master.operational():
-            master.leave_operation()
-        else:
-            self._advance()
+        self._advance()
 
     def describe(self) -> list[str]:
         names = ", ".join(nid_str(node.nid) for node in self.asked)
