@@ -57,10 +57,16 @@ class FakeRuntime:
         """Let time pass, timer by timer."""
         end = self.time + seconds
         while self._timers and self._timers[0][0] <= end:
-            self.time, _, timer = heapq.heappop(self._timers)
+            due, _, timer = heapq.heappop(self._timers)
+            self.time = max(self.time, due)
             if timer.callback is not None:
                 timer.callback()
         self.time = end
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass while the process does not run; its timers come late."""
+        self.time += seconds
+        self.advance(0)
 
     def connect(self, address: Any, handler: Handler) -> Connection:
         conn = connection(handler, runtime=self, address=address, incoming=False)

@@ -302,13 +302,18 @@ class Connection:
 
         A Ping goes out after `ping_after`. `only_if_owed`: only while an answer is due.
         `allowed` is asked before closing; if not, again later. `unless`: while this is
-        true, no Ping may be sent, and silence is normal.
+        true, no Ping may be sent, and silence is normal. The time during which this
+        process itself did not run (paused, or starved) does not count.
         """
+        due = self.runtime.monotonic() + ping_after
 
         def tick() -> None:
+            nonlocal due
             if self.closed:
                 return
             now = self.runtime.monotonic()
+            # What came meanwhile is perhaps not read yet.
+            self.last_received = min(now, self.last_received + now - due)
             if (only_if_owed and not self._pending) or unless():
                 self.last_received = now  # silence counts from here, if one gets due
             silence = now - self.last_received
@@ -319,6 +324,7 @@ class Connection:
             if ping_after <= silence < limit:
                 self.ask(Ping).then(lambda: None)
             delay = limit - silence if ping_after <= silence < limit else ping_after
+            due = now + delay
             self.runtime.call_later(delay, tick)
 
         self.runtime.call_later(ping_after, tick)

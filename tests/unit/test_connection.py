@@ -562,6 +562,17 @@ def test_silent_peer_is_pinged_then_closed() -> None:
     assert conn.reason == "silent"
 
 
+def test_time_in_which_the_process_did_not_run() -> None:
+    """It was paused, so its peers were not silent: their bytes wait in the sockets."""
+    runtime, conn = watched()
+    runtime.pause(60)
+    assert not conn.closed
+    runtime.advance(3)
+    assert [m[1] for m in messages(conn)] == [Ping.code]
+    runtime.advance(7)
+    assert conn.closed
+
+
 def test_peer_that_speaks_is_kept() -> None:
     runtime, conn = watched()
     for _ in range(50):
