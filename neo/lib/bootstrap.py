@@ -138,6 +138,8 @@ class Bootstrap(Handler):
             if primary >= len(addresses):
                 raise ProtocolError(f"no master number {primary}")
             self._next = addresses[primary]
+            # If that one is dead, this one may be the next primary, and soon.
+            self.runtime.connection_succeeded(conn.address)
         conn.close("not the primary master")
 
     def accept_identification(

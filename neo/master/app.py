@@ -184,6 +184,7 @@ class Master:
         self.phase = phase
         self.log.info("%s", phase.state or type(phase).__name__)
         phase.enter()
+        self.identification.look_again()
 
     def shutdown(self) -> None:
         """SIGTERM: the others elect another primary."""

@@ -266,6 +266,7 @@ class Secondary(Phase):
         conn.watch_silence(master.limits.ping_after, master.limits.silence_limit)
         master.log.set_node(master.options.cluster, your_nid)
         master.log.info("secondary of %s", self.primary)
+        master.identification.look_again()
 
     def lost(self, conn: Connection) -> None:
         """Try the same master again if it was primary, then the others, once each."""
@@ -288,6 +289,9 @@ class Secondary(Phase):
         self.master.node.state = NodeState.RUNNING
         self.master.node.id_timestamp = None
         self.master.play_primary()
+
+    def soon_better(self, claim: Claim) -> bool:
+        return not self.identified and claim.kind is not NodeType.MASTER
 
     def identify(self, conn: Connection, claim: Claim) -> None:
         """Whoever comes is sent to the primary."""

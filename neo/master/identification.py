@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
-from neo.lib.handler import Handler, not_ready
+from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, address_from_wire, as_row, nid_str, nid_type
 from neo.lib.protocol import (
     AcceptIdentification,
     CellState,
+    ErrorCode,
     NodeState,
     NodeType,
     NotifyNodeInformation,
@@ -26,12 +27,36 @@ if TYPE_CHECKING:
     from .app import Master
 
 
+# How long a peer waits for an answer that would be a refusal now (seconds): less than
+# it has patience for (Limits.master_timeout).
+PARKED = 1.5
+PARKED_MAX = 1000
+
+
+class Parked(Handler):
+    """A peer whose identification waits: nothing else is expected from it."""
+
+    def __init__(self, identification: Identification) -> None:
+        super().__init__()
+        self.identification = identification
+
+    def closed(self, conn: Connection) -> None:
+        self.identification.parked.pop(conn, None)
+
+
 class Identification(Handler):
-    """A connection whose peer is not identified."""
+    """A connection whose peer is not identified.
+
+    When a primary dies, all come to another master before it knows that it will be
+    primary, or before it is RUNNING. Who is sent away then must wait for a second until
+    it may come again (`Throttle`): so it rather waits here.
+    """
 
     def __init__(self, master: Master) -> None:
         super().__init__()
         self.master = master
+        self.parked: dict[Connection, tuple[int, Claim]] = {}  # by id of the request
+        self.parked_handler = Parked(self)
 
     def request_identification(
         self,
@@ -56,7 +81,33 @@ class Identification(Handler):
         if nid is not None and nid_type(nid) is not node_type:
             nid = None  # it can only be a mistake
         claim = Claim(node_type, nid, where, id_timestamp, extra)
-        master.phase.identify(conn, claim)
+        if master.phase.soon_better(claim) and len(self.parked) < PARKED_MAX:
+            self.parked[conn] = conn.message_id, claim
+            conn.handler = self.parked_handler
+            master.runtime.call_later(PARKED, lambda: self._answer(conn))
+        else:
+            master.phase.identify(conn, claim)
+
+    def look_again(self) -> None:
+        """Another phase: it can perhaps say more to who waits."""
+        for conn, (_, claim) in list(self.parked.items()):
+            if not self.master.phase.soon_better(claim):
+                self._answer(conn)
+
+    def _answer(self, conn: Connection) -> None:
+        """Now or never."""
+        if conn not in self.parked:
+            return
+        msg_id, claim = self.parked.pop(conn)
+        conn.handler = self
+        conn.message_id = msg_id
+        try:
+            self.master.phase.identify(conn, claim)
+        except Refused as error:
+            refuse(conn, msg_id, error)
+        except ProtocolError as error:
+            conn.error(msg_id, ErrorCode.PROTOCOL_ERROR, str(error))
+            conn.abort(str(error))
 
     # --- the primary ------------------------------------------------------------------
 

@@ -130,6 +130,10 @@ class Phase:
     def leave(self) -> None:
         """End."""
 
+    def soon_better(self, claim: Claim) -> bool:
+        """Is this peer served better by what follows this phase, if that is soon?"""
+        return False
+
     def identify(self, conn: Connection, claim: Claim) -> None:
         """Somebody says who it is; raises Refused or ProtocolError."""
         raise not_ready("not ready")

@@ -109,6 +109,9 @@ class Recovering(PrimaryPhase):
 
     # --- storages ---------------------------------------------------------------------
 
+    def soon_better(self, claim: Claim) -> bool:
+        return claim.kind is NodeType.CLIENT
+
     def storage_state(self, node: Node | None) -> NodeState:
         return NodeState.PENDING
 

@@ -33,7 +33,7 @@ from neo.lib.protocol import (
 )
 from neo.lib.util import add64
 
-from .phase import PrimaryPhase, Storage
+from .phase import Claim, PrimaryPhase, Storage
 from .running import Running
 
 if TYPE_CHECKING:
@@ -204,6 +204,9 @@ class Verifying(PrimaryPhase):
         self.master.become(Running(self.master))
 
     # --- who comes and goes -----------------------------------------------------------
+
+    def soon_better(self, claim: Claim) -> bool:
+        return claim.kind is NodeType.CLIENT
 
     def may_clone(self) -> bool:
         return True

@@ -97,10 +97,26 @@ def test_refused(cls: type[Peer], claim: dict[str, Any], text: str) -> None:
 
 
 def test_client_before_the_operation() -> None:
+    """It waits for a while, then is told to come again."""
     world = World()
     peer = start_peer(world, FakeClient)
+    assert 1 < world.sim.time < 2
     assert peer.errors[0][0] == ErrorCode.NOT_READY
     assert peer.conn is None
+    assert not world.master.identification.parked
+
+
+def test_client_a_moment_before_the_operation() -> None:
+    world = World(autostart=1)
+    world.sim.start("C", lambda runtime: FakeClient(runtime, world.addresses[0]))
+    world.sim.start("D", lambda runtime: FakeClient(runtime, world.addresses[0]))
+    world.settle()
+    assert len(world.master.identification.parked) == 2
+    world.sim.crash("D")
+    world.storages("S1")
+    world.until(lambda: world.sim.app("C").accepted)
+    assert world.state is ClusterState.RUNNING
+    assert world.sim.time < 1.5
 
 
 @pytest.mark.parametrize("nid", [-4096, 1, -268435455, 2**31 - 1, 0])
