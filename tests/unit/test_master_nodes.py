@@ -100,7 +100,7 @@ def test_client_before_the_operation() -> None:
     """It waits for a while, then is told to come again."""
     world = World()
     peer = start_peer(world, FakeClient)
-    assert 1 < world.sim.time < 2
+    assert 1 < world.sim.time < 3
     assert peer.errors[0][0] == ErrorCode.NOT_READY
     assert peer.conn is None
     assert not world.master.identification.parked
