@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -23,6 +25,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from neo.client.Storage import Storage
+from neo.lib.epoll import EpollRuntime
+from neo.lib.transport import SocketTransport
 from neo.lib.util import Address, format_address
 from neo.scripts import neoctl
 
@@ -37,8 +41,8 @@ PRELOAD = [
 ]
 PATIENCE = 30.0  # seconds for what normally takes a few milliseconds
 
-_context: ForkServerContext = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+context: ForkServerContext = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(PRELOAD)
 # Now, because some suites replace the folder for temporary files during a test.
 multiprocessing.util.get_temp_dir()  # type: ignore[attr-defined]
 
@@ -71,6 +75,31 @@ def listening(address: Address) -> bool:
     return True
 
 
+def disturb(env: dict[str, str]) -> None:
+    """Change the world of this process, which is of a test.
+
+    NEO_TEST_VIA: the host to connect to instead of any other, with the same port.
+    NEO_TEST_CLOCK: file with two doubles, seconds that the clock is ahead, and those
+    that it gains per second; it may change at any time.
+    """
+    if host := env.get("NEO_TEST_VIA"):
+        connect = SocketTransport.connect
+
+        def connect_via(self: SocketTransport, address: Address) -> None:
+            connect(self, (host, address[1]))
+
+        SocketTransport.connect = connect_via  # type: ignore[method-assign]
+    if path := env.get("NEO_TEST_CLOCK"):
+        with open(path, "rb") as file:
+            clock = mmap.mmap(file.fileno(), 16, access=mmap.ACCESS_READ)
+
+        def now(self: EpollRuntime) -> float:
+            offset, drift = struct.unpack("dd", clock)
+            return time.time() * (1 + drift) + offset  # type: ignore[no-any-return]
+
+        EpollRuntime.now = now  # type: ignore[method-assign]
+
+
 def _follow_parent() -> None:
     """Die with the process that runs the tests, however it ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -83,6 +112,7 @@ def _follow_parent() -> None:
 def _run(module: str, argv: list[str], stderr: str, env: dict[str, str]) -> None:
     """Body of a node's process."""
     os.environ.update(env)
+    disturb(env)
     threading.Thread(target=_follow_parent, daemon=True).start()
     fd = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 2)
@@ -165,7 +195,7 @@ class Cluster:
             argv += ["--database", self.path(f"{name}.sqlite")]
         else:
             argv += ["--bind", format_address(self.admin)]
-        process = _context.Process(
+        process = context.Process(
             target=_run,
             args=(
                 f"neo.scripts.neo{kind}",

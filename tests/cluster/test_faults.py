@@ -26,21 +26,8 @@ from neo.client.exception import NEOStorageTransientError
 from tests.history import longest_gap
 from tests.simulation.workload import Tokens, TokenStorage
 
+from .chaos import Clock
 from .harness import PATIENCE, Cluster, until
-
-
-class Clock:
-    """What `Tokens` needs of a simulation, on a real cluster."""
-
-    def rng(self, name: str) -> Random:
-        return Random(name)
-
-    @property
-    def time(self) -> float:
-        return time.monotonic()
-
-    def failure(self, text: str) -> AssertionError:
-        return AssertionError(text)
 
 
 class Load:
