@@ -259,6 +259,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
     def sync(self, force: bool = True) -> None:
         """Make visible all that is committed."""
         with self._runtime:
+            self._core.turns.synchronise()
             self._core.sync()
 
     def registerDB(self, db: Any, limit: int | None = None) -> None:
@@ -529,14 +530,20 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
     def _resolve(self, txn: Transaction) -> None:
         """Resolve the conflicts that are known."""
         while True:
-            with self._runtime:
-                work = txn.next_conflict()
-            if work is None:
-                return
-            version, tid = work
-            data = self.tryToResolveConflict(
-                version.oid, tid, version.origin, version.data
-            )
+            try:
+                with self._runtime:
+                    work = txn.next_conflict()
+                if work is None:
+                    return
+                version, tid = work
+                data = self.tryToResolveConflict(
+                    version.oid, tid, version.origin, version.data
+                )
+            except POSException.ConflictError as error:
+                if error.oid is not None:
+                    with self._runtime:
+                        self._core.turns.lost(error.oid)
+                raise
             record = compress_data(data, self._level)
             with self._runtime:
                 txn.store_resolved(version.oid, tid, data, record)

@@ -65,6 +65,7 @@ from .exception import (
     NEOStorageTransientError,
     NEOStorageWrongChecksum,
 )
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .transactions import Transaction
@@ -376,6 +377,7 @@ class ClientApp:
         self.transactions: dict[bytes, Transaction] = {}  # by ttid
         # AskFinalTID waits at the master: nothing else may be sent there.
         self.exclusive = False
+        self.turns = Turns(runtime)
         self._oids: deque[bytes] = deque()
         self._oids_asked = False
         self._started = False
@@ -1013,6 +1015,13 @@ class ClientApp:
             invalidate(oid, tid)
             if oid in loads:
                 loads[oid].invalidations.append(tid)
+
+    def current_serial(self, oid: bytes) -> bytes | None:
+        """Serial of the current revision, if it is in the cache."""
+        if not self.synchronised or self.last_tid is None:
+            return None
+        entry = self.cache.load(oid, add64(self.last_tid, 1))
+        return None if entry is None or entry[2] is not None else entry[1]
 
     # --- figures ----------------------------------------------------------------------
 

@@ -317,6 +317,9 @@ class ShellRuntime:
 
     # --- waiting ----------------------------------------------------------------------
 
+    def thread(self) -> int:
+        return threading.get_ident()
+
     def wait(
         self,
         condition: Callable[[], object],

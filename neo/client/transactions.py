@@ -241,6 +241,14 @@ class Transaction:
             )
         version = Version(oid, serial, data, size, data_serial)
         version.deleted = deleted
+        if not self.oids and self.app.turns.store(oid):
+            newer = self.app.current_serial(oid)
+            if newer is not None and newer > serial:
+                # The conflict is certain: why wait for somebody to say so?
+                self.oids[oid] = self.pending[oid] = version
+                self.pending_size += size
+                self.conflicts[oid] = newer
+                return
         self._store(version, record)
         self._throttle()
 
@@ -762,6 +770,7 @@ class Transaction:
                 self._committed(tid, callback, errors)
         finally:
             self._end()
+        app.turns.committed()
         if errors:
             raise errors[0]
         return tid

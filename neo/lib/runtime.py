@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from random import Random
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -94,6 +94,9 @@ class Runtime(Protocol):
 
 class ClientRuntime(Runtime, Protocol):
     """The Runtime of a client, whose application blocks."""
+
+    def thread(self) -> Hashable:
+        """What tells the calling thread from others."""
 
     def wait(
         self,

@@ -195,6 +195,9 @@ class SimRuntime:
     def stop(self, status: int = 0) -> None:
         self.process.stop(status)
 
+    def thread(self) -> greenlet:
+        return getcurrent()
+
     def wait(
         self,
         condition: Callable[[], object],

@@ -127,6 +127,9 @@ class Fake:
         self.opening.append(transport)
         return conn
 
+    def thread(self) -> int:
+        return 0
+
     def turn(self) -> bool:
         """Let one thing happen; false if nothing can."""
         if self.dirty:
