@@ -12,7 +12,8 @@ from typing import Any
 
 from msgpack import ExtType
 
-from neo.lib.connection import Connection
+from neo.lib.codec import Decoder, Message, pack
+from neo.lib.connection import LIMIT, Connection
 from neo.lib.handler import Handler
 from neo.lib.logger import Logger
 from neo.lib.protocol import BY_CODE, HANDSHAKE, Error, Packet, decode_extension
@@ -159,6 +160,16 @@ def output(conn: Connection) -> bytes:
     data = conn.take()
     conn.sent(len(data))
     return data
+
+
+def messages(conn: Connection) -> list[Message]:
+    """Take what would be sent, decoded."""
+    return list(Decoder(LIMIT).feed(output(conn)))
+
+
+def feed(conn: Connection, msg_id: int, packet: Packet[...], *args: object) -> None:
+    """Let the peer send a packet."""
+    conn.receive(pack((msg_id, packet.code, args)))
 
 
 # --- vectors ----------------------------------------------------------------------

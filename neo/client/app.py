@@ -55,6 +55,7 @@ from neo.lib.pt import PartitionTable
 from neo.lib.runtime import RECONNECTION_DELAY, ClientRuntime
 from neo.lib.util import Address, add64, format_address
 
+from .ahead import Ahead
 from .cache import ClientCache
 from .exception import (
     NEOPrimaryMasterLost,
@@ -377,6 +378,7 @@ class ClientApp:
         self.transactions: dict[bytes, Transaction] = {}  # by ttid
         # AskFinalTID waits at the master: nothing else may be sent there.
         self.exclusive = False
+        self.ahead = Ahead(self)
         self.turns = Turns(runtime)
         self._oids: deque[bytes] = deque()
         self._oids_asked = False
@@ -449,6 +451,7 @@ class ClientApp:
             return
         self.master = None
         self.synchronised = self.ready = self.exclusive = False
+        self.ahead.forget()
         self._oids.clear()
         self._oids_asked = False
         for link in list(self.links.values()):

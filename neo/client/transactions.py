@@ -163,8 +163,10 @@ class Transaction:
         if tid is None:
             master = self.app.usable_master()
             self.session = self.app.session
-            answer = self._begun = Answer()
-            master.ask(AskBeginTransaction, None).then(answer.set, answer.fail)
+            ahead = self.app.ahead.take()
+            answer = self._begun = ahead or Answer()
+            if ahead is None:
+                master.ask(AskBeginTransaction, None).then(answer.set, answer.fail)
         else:
             self._begin(tid)
 
@@ -758,7 +760,8 @@ class Transaction:
                 sorted(checked),
                 self.pack,
             ).then(finished, answer.fail)
-            app.runtime.wait(lambda: answer.done, (master, *self.conns.values()))
+            app.ahead.ask(master, Answer())
+            app.runtime.wait(lambda: answer.done, (master,))
             if answer.code == ErrorCode.INCOMPLETE_TRANSACTION:
                 raise NEOStorageTransientError("aborted: storages failed")
             if answer.code is not None:
@@ -798,6 +801,7 @@ class Transaction:
             except Exception as error:  # noqa: BLE001 too late to undo the commit
                 errors.append(error)
         app.last_tid = max(last_tid, tid)
+        app.ahead.finished()
 
     def _recover(self, reason: str) -> bytes:
         """The answer to finish is lost: find out what happened, however long it takes.

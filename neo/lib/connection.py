@@ -313,7 +313,7 @@ class Connection:
                 return
             now = self.runtime.monotonic()
             # What came meanwhile is perhaps not read yet.
-            self.last_received = min(now, self.last_received + now - due)
+            self.last_received += now - due
             if (only_if_owed and not self._pending) or unless():
                 self.last_received = now  # silence counts from here, if one gets due
             silence = now - self.last_received

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from neo.lib.codec import Decoder, pack
-from neo.lib.connection import INPUT_LIMIT_UNKNOWN, LIMIT, Connection, encode_tail
+from neo.lib.codec import pack
+from neo.lib.connection import INPUT_LIMIT_UNKNOWN, Connection, encode_tail
 from neo.lib.exception import ProtocolError
 from neo.lib.handler import Closing, Handler, Refused, denied, not_ready
 from neo.lib.node import NodeManager
@@ -22,7 +22,6 @@ from neo.lib.protocol import (
     NodeType,
     NotifyReady,
     NotifyUnlockInformation,
-    Packet,
     Ping,
     Pong,
     SetNumReplicas,
@@ -33,19 +32,12 @@ from tests.fakes import (
     Recorder,
     connection,
     established,
+    feed,
+    messages,
     output,
 )
 
 TID = bytes(7) + b"\1"
-
-
-def messages(conn: Connection) -> list[tuple]:
-    """What would be sent, decoded."""
-    return list(Decoder(LIMIT).feed(output(conn)))
-
-
-def feed(conn: Connection, msg_id: int, packet: Packet, *args: object) -> None:
-    conn.receive(pack((msg_id, packet.code, args)))
 
 
 def error(msg_id: int, code: ErrorCode, text: str = "") -> tuple:

@@ -1,0 +1,116 @@
+"""Transactions begun ahead of need."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from neo.client.ahead import PACE, UNUSED, Ahead
+from neo.client.app import Answer
+from neo.lib.handler import Handler
+from neo.lib.protocol import (
+    AbortTransaction,
+    AnswerBeginTransaction,
+    AskBeginTransaction,
+    ErrorCode,
+)
+from neo.lib.util import p64
+from tests.fakes import FakeRuntime, established, feed, messages
+
+TTID = p64(110)
+
+
+class World:
+    """A client that commits, and what its master gets."""
+
+    def __init__(self) -> None:
+        self.runtime = FakeRuntime()
+        self.conn = established(Handler(), runtime=self.runtime)
+        self.app: Any = SimpleNamespace(
+            runtime=self.runtime, exclusive=False, master=self.conn
+        )
+        self.ahead = Ahead(self.app)
+
+    def commit(self) -> None:
+        """A transaction is being finished; one may begin ahead."""
+        self.ahead.ask(self.conn, Answer())
+
+    def row(self) -> None:
+        """One commit right after another."""
+        self.ahead.finished()
+        assert self.ahead.take() is None
+        self.commit()
+
+    def asked(self) -> list[tuple[int, int, tuple[Any, ...]]]:
+        """What was sent since the last call."""
+        return messages(self.conn)
+
+    def answer(self) -> None:
+        """The master begins what was asked for."""
+        ((msg_id, code, args),) = self.asked()
+        assert (code, args) == (AskBeginTransaction.code, (None,))
+        feed(self.conn, msg_id, AnswerBeginTransaction, TTID)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_lone_commits_begin_nothing(world: World) -> None:
+    world.commit()
+    world.ahead.finished()
+    world.runtime.advance(2 * PACE)
+    assert world.ahead.take() is None
+    world.commit()
+    assert world.asked() == []
+
+
+def test_row_of_commits(world: World) -> None:
+    world.row()
+    world.answer()
+    world.commit()  # another thread's: one ahead is enough
+    assert world.asked() == []
+    answer = world.ahead.take()
+    assert answer is not None
+    assert answer.value == (TTID,)
+    assert world.ahead.take() is None
+    world.runtime.advance(10 * UNUSED)
+    assert world.asked() == []
+
+
+def test_unused_is_aborted(world: World) -> None:
+    world.row()
+    world.answer()
+    world.app.exclusive = True  # nothing may be sent now
+    world.runtime.advance(10 * UNUSED)
+    assert world.asked() == []
+    world.app.exclusive = False
+    world.runtime.advance(2 * UNUSED)
+    ((_, code, args),) = world.asked()
+    assert (code, args) == (AbortTransaction.code, (TTID, ()))
+    assert world.ahead.take() is None
+    world.row()  # the watch starts again
+    world.answer()
+    world.runtime.advance(2 * UNUSED)
+    assert len(world.asked()) == 1
+
+
+def test_refused_or_lost(world: World) -> None:
+    world.row()
+    ((msg_id, _, _),) = world.asked()
+    world.conn.lost("test")
+    assert msg_id >= 0
+    assert world.ahead.take() is None  # a failure is not for the next transaction
+    other = World()
+    other.row()
+    other.ahead.forget()
+    assert other.ahead.take() is None
+    refused = World()
+    refused.row()
+    answer = refused.ahead._answer
+    assert answer is not None
+    answer.fail(ErrorCode.NOT_READY, "")
+    assert refused.ahead.take() is None
