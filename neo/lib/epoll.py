@@ -249,6 +249,7 @@ class EpollRuntime:
         if worker is None:
             worker = self._workers[queue] = Worker(self, queue)
         if inline and not worker.pending and worker.duration < INLINE_MAX:
+            self.flush()  # peers need not wait for it
             result = worker.execute(job)
             self._completed.append(lambda: done(result))
         else:

@@ -14,11 +14,13 @@ from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
 from neo.lib.node import Node
 from neo.lib.protocol import (
+    FEATURE_LEASE,
     MAX_TID,
     AnswerFinalTID,
     AskUnfinishedTransactions,
     CellState,
     NotifyReady,
+    NotifyStalledTransaction,
     PackOrder,
 )
 
@@ -87,7 +89,7 @@ class OperationHandler(MasterHandler):
     def abort_transaction(
         self, conn: Connection, ttid: Tid, nids: Sequence[int]
     ) -> None:
-        self.transactions.abort(ttid)
+        self.transactions.refuse(ttid)
         self.operation.replication.finished(ttid, None)
 
     def answer_pack_orders(self, conn: Connection, orders: Sequence[PackOrder]) -> None:
@@ -106,6 +108,7 @@ class Operation:
         self.backend = node.backend
         self.writer = node.writer
         self.is_over = False
+        self._alone: tuple[int | None, bool] = None, False  # for a version of the table
         self.access = [ABSENT] * node.pt.np
         self.background = Background(node.runtime, node.backend.background)
         self.chores = Chores(node.runtime)
@@ -115,7 +118,9 @@ class Operation:
             node.writer,
             self.access,
             node.options.limits.lease,
+            self._report_stalled,
             self._transaction_ended,
+            self._is_alone,
         )
         self.peer_handler = PeerHandler(self)
         self.replication = Replication(self)
@@ -144,6 +149,13 @@ class Operation:
     def readable_partitions(self) -> list[int]:
         """Numbers of the partitions that clients may read here."""
         return [p for p, access in enumerate(self.access) if access == READABLE]
+
+    def _report_stalled(self, ttid: Tid) -> bool:
+        node = self.node
+        if FEATURE_LEASE not in node.master_features or node.master is None:
+            return False
+        node.master.notify(NotifyStalledTransaction, ttid)
+        return True
 
     def _transaction_ended(self, ttid: Tid) -> None:
         self.replication.try_finish()
@@ -189,6 +201,15 @@ class Operation:
             else:
                 access = ABSENT
             self.access[partition] = access
+
+    def _is_alone(self) -> bool:
+        """Whether all cells are here."""
+        pt = self.node.pt
+        ptid, alone = self._alone
+        if ptid != pt.ptid:
+            alone = pt.nids() == [self.node.nid]
+            self._alone = pt.ptid, alone
+        return alone
 
     def refresh_access(self, partitions: Sequence[int]) -> None:
         """The state of cells, or what is known of them, changed."""

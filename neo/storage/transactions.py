@@ -72,6 +72,8 @@ _u64 = Struct(">Q").unpack
 # Bytes of values in memory, of one transaction and of all, before some are spilled.
 MEMORY_OF_TRANSACTION = 16 << 20
 MEMORY = 256 << 20
+# Transactions aborted by the master that are remembered.
+REFUSED_MAX = 1000
 
 PackRequest = tuple[Sequence[Oid] | None, Tid]
 
@@ -79,9 +81,11 @@ PackRequest = tuple[Sequence[Oid] | None, Tid]
 class Transactions:
     """All transactions in progress on a node in operation.
 
-    `access`: how each partition may be used (`locks.ABSENT`...); who changes it calls
+    `report_stalled(ttid)`: let the master end a transaction; false if it does not know
+    how. `access`: how each partition may be used (`locks.ABSENT`...); who changes it calls
     `access_changed`. `ended(ttid)` is called for each transaction that was unlocked or
-    dropped, before those who waited for its locks are served.
+    dropped, before those who waited for its locks are served. `is_alone()`: no other
+    node has a cell.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Transactions:
         writer: Writer,
         access: list[int],
         lease: float,
+        report_stalled: Callable[[Tid], bool],
         ended: Callable[[Tid], object],
+        is_alone: Callable[[], bool],
     ) -> None:
         self._runtime = runtime
         self._backend = backend
@@ -99,9 +105,13 @@ class Transactions:
         self.access = access
         self._np = len(access)
         self._lease = lease
+        self._report_stalled = report_stalled
         self._ended = ended
+        self._is_alone = is_alone
         self.by_ttid: dict[Tid, Transaction] = {}
         self._locks: dict[Oid, Transaction] = {}
+        # Those that the master aborted last: nothing of them is accepted any more.
+        self._refused: dict[Tid, None] = {}
         self.queues = WaitQueues()
         self.pending = Pending(backend, writer)
         self._memory = 0
@@ -150,6 +160,8 @@ class Transactions:
         """The transaction, registered if it is new."""
         transaction = self.by_ttid.get(ttid)
         if transaction is None:
+            if ttid in self._refused:
+                raise Refused(ErrorCode.INCOMPLETE_TRANSACTION, "aborted by the master")
             if ttid > MAX_TID:
                 raise ProtocolError(f"invalid ttid {ttid.hex()}")
             transaction = Transaction(ttid, conn.node, self._runtime.monotonic())
@@ -199,7 +211,7 @@ class Transactions:
             self._notify_deadlock(demand.oid)
         if not self._watching:
             self._watching = True
-            self._runtime.call_later(self._lease / 4, self._watch_leases)
+            self._runtime.call_later(self._lease, self._watch_leases)
 
     def _notify_deadlock(self, oid: Oid) -> None:
         holder = self._locks[oid]
@@ -395,7 +407,7 @@ class Transactions:
                 self._settle(demand, outcome)
 
     def _watch_leases(self) -> None:
-        """Close the connections of clients on which others wait for too long.
+        """End the transactions that others wait for, and whose clients do nothing.
 
         Source: architecture 6.6.
         """
@@ -403,23 +415,35 @@ class Transactions:
         if self.is_over or not len(self.queues):
             return
         now = self._runtime.monotonic()
+        due = now + self._lease
         for oid, demands in self.queues:
             holder = self._locks.get(oid)
-            if holder is None or holder.state != OPEN:
+            if holder is None or holder.state > VOTED:
                 continue
+            if holder.waiting and oid not in holder.notified:
+                continue  # for another one, here
             since = max(holder.touched, min(demand.since for demand in demands))
-            node = holder.node
-            if now - since >= self._lease and node is not None and node.connection:
-                conn = node.connection
-                conn.log.warning(
-                    "%s: others wait for %s, idle for %.0f s: closed",
-                    conn,
-                    holder.ttid.hex(),
-                    now - since,
-                )
-                conn.close(f"{holder.ttid.hex()} holds locks without progress")
+            if now < since + self._lease:
+                due = min(due, since + self._lease)
+            else:
+                self._end_lease(holder)
         self._watching = True
-        self._runtime.call_later(self._lease / 4, self._watch_leases)
+        delay = max(due - now, self._lease / 20)
+        self._runtime.call_later(delay, self._watch_leases)
+
+    def _end_lease(self, holder: Transaction) -> None:
+        now = self._runtime.monotonic()
+        idle = now - holder.touched
+        holder.touched = now  # not said again before long
+        node = holder.node
+        self._runtime.log.warning(
+            "others wait for %s of %s, idle for %.0f s", holder.ttid.hex(), node, idle
+        )
+        if self._report_stalled(holder.ttid):
+            return
+        # The loss of the connection drops what is not voted, no more.
+        if holder.state == OPEN and node is not None and node.connection is not None:
+            node.connection.close(f"{holder.ttid.hex()} holds locks without progress")
 
     # --- vote, lock, unlock -------------------------------------------------------
 
@@ -440,8 +464,7 @@ class Transactions:
                 transaction.has_metadata = True
             answer, kept = AnswerStoreTransaction, metadata
         else:
-            known = self.by_ttid.get(ttid)
-            if known is None:
+            if ttid not in self.by_ttid and ttid not in self._refused:
                 raise ProtocolError(f"unknown transaction {ttid.hex()}")
             transaction = self._join(conn, ttid)
             answer, kept = AnswerVoteTransaction, None
@@ -461,15 +484,24 @@ class Transactions:
             transaction.is_durable = True
             conn.answer(answer)
             return
-        reply = conn.defer()
         backend = self._backend
+        if self._is_alone():
+            # If it is lost by a crash before the lock is durable, nobody knows more of
+            # the transaction than that it was not finished. The sync of the lock
+            # covers it, and what is done for it here hides behind the way to there.
+            conn.answer(answer)
+            self._writer.submit(
+                lambda: backend.vote(ttid, stores, recorded), durable=False
+            )
+            return
+        reply = conn.defer()
 
         def voted(result: None) -> None:
             transaction.is_durable = True
             reply.answer(answer)
 
-        # Durable: a client that is told so may ask to finish, and what is finished
-        # must be found by the verification after a crash of all nodes.
+        # Durable: a client that is told so may ask to finish, and what one node has
+        # locked must be found on the others after a crash of all nodes.
         self._writer.submit(lambda: backend.vote(ttid, stores, recorded), voted)
 
     def lock(self, conn: Connection, ttid: Tid, tid: Tid, pack: bool) -> None:
@@ -531,6 +563,13 @@ class Transactions:
         if transaction is not None and transaction.state <= VOTED:
             self._drop(transaction)
             self._end([ttid])
+
+    def refuse(self, ttid: Tid) -> None:
+        """The master aborts a transaction, whose client does perhaps not know it."""
+        self._refused[ttid] = None
+        if len(self._refused) > REFUSED_MAX:
+            del self._refused[next(iter(self._refused))]
+        self.abort(ttid)
 
     def abort_of_node(self, node: Node, *, voted: bool) -> None:
         """Drop the transactions of a client, if it is gone for all `voted` ones too."""

@@ -317,14 +317,16 @@ def test_database_error_ends_the_node() -> None:
     h.operate()
     c = h.client()
     c.store(T1, A, b"a")
+    c.vote(T1, A)
 
     def fail() -> None:
         raise BackendError("disk full")
 
     h.backend.commit = fail  # type: ignore[method-assign]
+    h.m.packets()
     with pytest.raises(BackendError, match="disk full"):
-        c.vote(T1, A)
-    assert not c.packets()[1:]
+        h.m.lock(T1, T2)
+    assert not h.m.packets()
 
 
 def test_flush_log_and_pack_signed_and_repair() -> None:

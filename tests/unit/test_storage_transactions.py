@@ -116,7 +116,39 @@ def test_commit(h: Harness) -> None:
     )
 
 
-def test_answers_wait_for_the_disk(h: Harness) -> None:
+def replicated() -> Harness:
+    """A node that is one of two which have all."""
+    h = Harness()
+    h.operate(rows=(((1, UP), (2, UP)),) * 2)
+    return h
+
+
+def test_vote_of_a_node_that_is_alone(h: Harness) -> None:
+    """The sync of the lock covers it: it is answered before it is written."""
+    c = h.client()
+    c.store(T1, A, b"a")
+    accepted(c)
+    commits = []
+    begin = h.backend.begin
+    h.backend.begin = lambda durable: (commits.append(durable), begin(durable))[1]  # type: ignore[method-assign]
+    h.hold_jobs = True
+    c.vote(T1, A)
+    c.expect(AnswerStoreTransaction)
+    h.m.lock(T1, T2)
+    nothing(h.m)
+    h.hold_jobs = False
+    h.turn()
+    assert h.m.receive(AnswerInformationLocked) == (T1,)
+    assert commits == [False, True]
+    h.change_table(2, (0, 2, OUT))
+    c.store(T3, B, b"b")
+    accepted(c)
+    c.vote(T3, B)
+    assert commits[-1]  # not alone any more
+
+
+def test_answers_wait_for_the_disk() -> None:
+    h = replicated()
     c, d = h.client(), h.client(2)
     for peer, ttid, oid in ((c, T1, A), (d, T2, B)):
         peer.store(ttid, oid, b"x")
