@@ -131,7 +131,8 @@ class SQLMaintenance(SQLWriter):
         else:
             data_id = value and self._insert_value(partition, value)
         pointer = value_tid and u64(value_tid)
-        if self.execute(self.INSERT_IGNORE + self.INSERT_OBJ, (*key, data_id, pointer)):
+        args = (*key, data_id, pointer)
+        if self.change(self.INSERT_IGNORE + self.INSERT_OBJ, args):
             return
         before = self._pointed(*key)
         self.execute(self.UPDATE_OBJ, (data_id, pointer, *key))

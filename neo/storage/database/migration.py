@@ -53,7 +53,8 @@ def _progress_in_partition_table(db: SQLWriter) -> None:
         db,
         schema.PT,
         "SELECT rid, nid,"
-        " CASE state WHEN 0 THEN -1 WHEN 2 THEN -2 ELSE 1 - state END, NULL FROM pt",
+        " CASE state WHEN 0 THEN -1 WHEN 2 THEN -2 WHEN 4 THEN -3 ELSE 0 END, NULL"
+        " FROM pt",
     )
 
 

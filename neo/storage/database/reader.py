@@ -366,8 +366,10 @@ class SQLReader(ABC):
 
     # --- settings and partition table -----------------------------------------
 
+    CONFIG = "SELECT name, value FROM config"
+
     def settings(self) -> Settings:
-        return parse_settings(dict(self._query("SELECT name, value FROM config")))
+        return parse_settings(decode_config(self._query(self.CONFIG)))
 
     def partition_table(self) -> list[tuple[int, int, CellState]]:
         rows = self._query("SELECT partition, nid, tid FROM pt ORDER BY partition, nid")
@@ -561,6 +563,15 @@ def _pack_order(
         None if oids is None else split_oids(oids),
         p64(pack_tid),
     )
+
+
+def decode_config(rows: Iterable[Row]) -> dict[str, str]:
+    """Rows of `config`; some databases have bytes there."""
+    return {_text(name): _text(value) for name, value in rows}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def parse_settings(config: Mapping[str, str]) -> Settings:

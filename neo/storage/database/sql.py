@@ -32,7 +32,8 @@ class SQLBackend(SQLMaintenance):
     def _reset_memory(self) -> None:
         super()._reset_memory()
         self._voted: dict[int, list[int | None]] = {}  # ttid -> data id of each record
-        self._with_pack: dict[int, None] = {}  # ttids of those with a pack order
+        self._with_metadata: dict[int, None] = {}  # ttids of those with metadata
+        self._with_pack: dict[int, None] = {}  # and with a pack order
 
     # --- opening ------------------------------------------------------------------
 
@@ -46,8 +47,7 @@ class SQLBackend(SQLMaintenance):
         self.begin(durable=True)
         try:
             if reset:
-                for table in schema.TABLES:
-                    self.execute(f"DROP TABLE IF EXISTS {table.name}")
+                self.drop_tables()
             self._open_tables()
             self._load_layout()
             self._load_unfinished()
@@ -58,11 +58,15 @@ class SQLBackend(SQLMaintenance):
             raise
         self.commit()
 
+    def drop_tables(self) -> None:
+        for table in self.TABLES:
+            self.execute(f"DROP TABLE IF EXISTS {table.name}")
+
     def _open_tables(self) -> None:
         new = not self.columns("data")
         config: dict[str, str] = {}
         if self.columns("config"):
-            config.update(self.fetch("SELECT name, value FROM config"))
+            config = self._config()
             new = new and not config
         elif not new:
             raise ConfigurationError("this is not a database of NEO: no table 'config'")
@@ -78,7 +82,7 @@ class SQLBackend(SQLMaintenance):
             self.set_config("version", str(schema.VERSION))
         else:
             migrate(self, version)
-        for table in schema.TABLES:
+        for table in self.TABLES:
             self.create_table(table)
             self.create_indexes(table)
         self.dedup = self.detect_dedup(create=new and self._dedup_wanted)
@@ -95,6 +99,7 @@ class SQLBackend(SQLMaintenance):
                 self._refer(data_id)
         for (ttid,) in self.fetch("SELECT ttid FROM ttrans"):
             self._voted.setdefault(ttid, [])
+            self._with_metadata[ttid] = None
         for (ttid,) in self.fetch(
             "SELECT ttid FROM ttrans JOIN pack ON pack.tid = ttid"
         ):
@@ -216,7 +221,8 @@ class SQLBackend(SQLMaintenance):
             self._forget_metadata(ttid)
 
     def _forget_metadata(self, ttid: int) -> None:
-        self.execute("DELETE FROM ttrans WHERE ttid = ?", (ttid,))
+        if self._with_metadata.pop(ttid, ttid) is None:
+            self.execute("DELETE FROM ttrans WHERE ttid = ?", (ttid,))
         if self._with_pack.pop(ttid, ttid) is None:
             self._delete_lost_pack_order(ttid)
 
@@ -287,6 +293,7 @@ class SQLBackend(SQLMaintenance):
                 ttid,
             ),
         )
+        self._with_metadata[ttid] = None
         if metadata.pack:
             oids, pack_tid = metadata.pack
             self._insert_pack(ttid, PackOrder(None, oids is not None, oids, pack_tid))
@@ -317,7 +324,8 @@ class SQLBackend(SQLMaintenance):
         data_ids = self._voted.pop(old, None)
         if data_ids is None:
             return
-        if self.execute(self.UNLOCK_TRANS, (new, old)):
+        if self._with_metadata.pop(old, old) is None:
+            self.execute(self.UNLOCK_TRANS, (new, old))
             self.execute("DELETE FROM ttrans WHERE ttid = ?", (old,))
             if self._with_pack.pop(old, old) is None and old != new:
                 self.execute("DELETE FROM pack WHERE tid = ?", (new,))
@@ -327,7 +335,7 @@ class SQLBackend(SQLMaintenance):
         # What replication brought is found again, or counted as replaced: the records
         # of the transaction are surely complete.
         replaced = []
-        inserted = self.execute(self.INSERT_IGNORE + self.UNLOCK_OBJ, (new, old))
+        inserted = self.change(self.INSERT_IGNORE + self.UNLOCK_OBJ, (new, old))
         if inserted != len(data_ids):
             for partition, oid, _, before, data_id, value_tid in self.fetch(
                 self.UNLOCK_CONFLICTS, (new, old)

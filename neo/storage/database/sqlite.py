@@ -194,7 +194,10 @@ class SQLiteBase(SQLBackend, SQLiteReader):
             else:
                 return
 
-    def execute(self, sql: str, args: Sequence[object] = ()) -> int:
+    def execute(self, sql: str, args: Sequence[object] = ()) -> None:
+        self.change(sql, args)
+
+    def change(self, sql: str, args: Sequence[object] = ()) -> int:
         assert self._writing
         try:
             return self._write.execute(sql, args).rowcount

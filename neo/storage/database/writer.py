@@ -21,7 +21,7 @@ from neo.lib.util import u64
 
 from . import schema
 from .interface import Oid, PackOrder, Settings, Value
-from .reader import PAGE, Row, SQLReader, parse_settings
+from .reader import PAGE, Row, SQLReader, decode_config, parse_settings
 
 DATA_ID_BITS = 48  # each partition has a range of data ids
 DATA_ID_RANGE = 1 << DATA_ID_BITS
@@ -36,6 +36,7 @@ class SQLWriter(SQLReader):
 
     # Conflicts with existing rows are rare, and handled after.
     INSERT_IGNORE = "INSERT OR IGNORE"
+    TABLES = schema.TABLES
 
     def _reset_memory(self) -> None:
         """Forget what is counted in memory."""
@@ -56,11 +57,16 @@ class SQLWriter(SQLReader):
     def rollback(self) -> None: ...
 
     @abstractmethod
-    def execute(self, sql: str, args: Sequence[object] = ()) -> int:
-        """Execute in the transaction of the writer; return the rows changed."""
+    def execute(self, sql: str, args: Sequence[object] = ()) -> None:
+        """Execute in the transaction of the writer, at the latest at its commit."""
 
     @abstractmethod
-    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None: ...
+    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Likewise, for each of `rows`: a database may send them together."""
+
+    @abstractmethod
+    def change(self, sql: str, args: Sequence[object] = ()) -> int:
+        """Execute now; return the rows changed."""
 
     @abstractmethod
     def fetch(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
@@ -92,7 +98,10 @@ class SQLWriter(SQLReader):
 
     def _settings(self) -> Settings:
         """As the transaction of the writer sees them."""
-        return parse_settings(dict(self.fetch("SELECT name, value FROM config")))
+        return parse_settings(self._config())
+
+    def _config(self) -> dict[str, str]:
+        return decode_config(self.fetch(self.CONFIG))
 
     # --- rows of several tables -----------------------------------------------------
 
@@ -226,7 +235,7 @@ class SQLWriter(SQLReader):
         self._release(data_ids)
 
     def _remove_spilled(self) -> None:
-        for name, value in self.fetch("SELECT name, value FROM config"):
+        for name, value in self._config().items():
             if not name.startswith(MARK):
                 continue
             first = int(name.removeprefix(MARK))
