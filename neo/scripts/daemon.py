@@ -234,6 +234,15 @@ STORAGE = (
         group="database",
     ),
     Option(
+        "replication-rate",
+        "Megabytes per second that replications and checks get even while clients are"
+        " active; else they take all that is idle.",
+        number(0, above=True),
+        default="4",
+        metavar="MB",
+        group="database",
+    ),
+    Option(
         "new-nid",
         "For a copied database: get a new node id from the running cluster, and exit.",
         boolean,

@@ -32,6 +32,7 @@ def build(runtime: EpollRuntime, settings: Settings) -> daemon.Application:
             disable_pack=settings.disable_pack,
             disable_drop_partitions=settings.disable_drop_partitions,
             max_refusals=settings.max_refusals,
+            replication_rate=settings.replication_rate,
             limits=settings.limits,
             save_masters=save_masters,
         ),

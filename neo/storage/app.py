@@ -43,6 +43,7 @@ from neo.lib.runtime import Runtime
 from neo.lib.util import Address, format_address
 
 from .background import QUEUE as BACKGROUND_QUEUE
+from .background import RATE
 from .database.interface import Backend, Tid
 from .identification import Identification
 from .initialization import Initialization
@@ -72,6 +73,7 @@ class StorageOptions:
     disable_pack: bool = False
     disable_drop_partitions: bool = False
     max_refusals: int = 0
+    replication_rate: float = RATE  # MB/s, when clients are active
     limits: Limits = field(default_factory=Limits)
     save_masters: Callable[[list[Address]], object] | None = None
     host: str = field(default_factory=_host_name)  # first level of the topology path

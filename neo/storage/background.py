@@ -9,13 +9,13 @@ writer, repeated until there is nothing left.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
 from neo.lib.handler import Refused, refuse
-from neo.lib.protocol import ErrorCode
+from neo.lib.protocol import ErrorCode, NodeType
 from neo.lib.runtime import Runtime
 
 from .database.interface import Reader
@@ -27,8 +27,43 @@ TASKS_MAX = 10_000
 OUTPUT_MAX = 1 << 18
 OUTPUT_RETRY = 0.005  # seconds
 
-#: Yields a function of the reader to get its result, or None to let others go first.
-Slices = Generator[Callable[[Reader], Any] | None, Any, None]
+# Megabytes a second that long work gets although clients are active.
+RATE = 4.0
+PAUSE_MIN = 0.005  # seconds
+
+#: Yields a function of the reader to get its result, or seconds to let others go first.
+Slices = Generator[Callable[[Reader], Any] | float, Any, None]
+
+
+class Pace:
+    """Lets clients go before replications and checks, but not for ever.
+
+    While they send requests, the long work of a node gets the speed that is guaranteed;
+    else all that it can do.
+    """
+
+    def __init__(self, connections: Iterable[Connection], rate: float) -> None:
+        """`connections` is looked at each time; `rate` in MB/s."""
+        self._connections = connections
+        self._rate = rate * 1e6
+        self._count = 0
+        self._debt = 0.0
+
+    def pause(self, size: int) -> float:
+        """Seconds to wait after having processed `size` bytes."""
+        count = 0
+        for conn in self._connections:
+            if conn.node is not None and conn.node.type is NodeType.CLIENT:
+                count += conn.packets_received
+        before, self._count = self._count, count
+        if count == before:
+            self._debt = 0.0
+            return 0.0
+        self._debt += size / self._rate
+        if self._debt < PAUSE_MIN:
+            return 0.0
+        result, self._debt = self._debt, 0.0
+        return result
 
 
 class Background:
@@ -72,9 +107,9 @@ class Background:
             self._count -= 1
             fail(conn, msg_id, str(error))
             return
-        if job is None:
+        if isinstance(job, float):
             self._runtime.call_later(
-                OUTPUT_RETRY, lambda: self._step(conn, msg_id, slices, None)
+                job, lambda: self._step(conn, msg_id, slices, None)
             )
             return
         read, reader = job, self._reader

@@ -24,7 +24,7 @@ from neo.lib.protocol import (
     PackOrder,
 )
 
-from .background import Background, Chores
+from .background import Background, Chores, Pace
 from .client import ClientHandler
 from .database.interface import Tid
 from .initialization import Cells, MasterHandler
@@ -111,6 +111,7 @@ class Operation:
         self._alone: tuple[int | None, bool] = None, False  # for a version of the table
         self.access = [ABSENT] * node.pt.np
         self.background = Background(node.runtime, node.backend.background)
+        self.pace = Pace(node.connections, node.options.replication_rate)
         self.chores = Chores(node.runtime)
         self.transactions = Transactions(
             node.runtime,

@@ -27,7 +27,7 @@ from neo.lib.protocol import (
     ErrorCode,
 )
 
-from .background import OUTPUT_MAX, Slices
+from .background import OUTPUT_MAX, OUTPUT_RETRY, Slices
 from .database.interface import Oid, Reader, Tid, Transaction
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 # Items compared, and sent, at a time.
 LENGTH_MAX = 1000
+# Bytes that an item counts for, besides its data.
+ITEM_SIZE = 200
 SLICE = 50
+# Bytes of data after which a chunk of objects ends.
+CHUNK_SIZE = 4 << 20
 CHECK_LENGTH_MAX = 40_000
 
 
@@ -143,6 +147,12 @@ class PeerHandler(Handler):
 
         pending.wait(conn, transaction, again)
 
+    def _pause(self, size: int) -> Slices:
+        """Let clients go first."""
+        seconds = self.operation.pace.pause(size)
+        if seconds:
+            yield seconds
+
     def _check_readable(self, partition: int, error: ErrorCode) -> None:
         if not self.node.is_readable(partition):
             raise Refused(error, f"partition {partition} is not readable here")
@@ -187,7 +197,8 @@ class PeerHandler(Handler):
                     )
                     conn.send(AddTransaction, msg_id, args)
                 while conn.out_size > OUTPUT_MAX:
-                    yield None
+                    yield OUTPUT_RETRY
+                yield from self._pause(ITEM_SIZE * len(some))
             completed = None
             if ask_pack_info:
                 cells = yield lambda reader: reader.own_cells()
@@ -219,20 +230,30 @@ class PeerHandler(Handler):
             chunk = yield lambda reader: reader.fetch_objects(
                 partition, size, min_tid, max_tid, min_oid, objects
             )
-            missing = chunk.missing
-            for start in range(0, len(missing), SLICE):
-                some = missing[start : start + SLICE]
+            missing, unknown = chunk.missing, chunk.unknown
+            end = chunk.next_tid, chunk.next_oid
+            position = total = 0
+            while position < len(missing):
+                if total > CHUNK_SIZE:
+                    # What follows is for the next chunk.
+                    end = missing[position]
+                    unknown = _before(unknown, end)
+                    break
+                some = missing[position : position + SLICE]
                 found = yield _reading_objects(some, is_anonymous)
                 self._check_readable(partition, error)
-                for (tid, oid), args in zip(some, found, strict=True):
+                before = total
+                for (tid, oid), args in zip(some, found, strict=False):
                     if args is None:
                         raise Refused(error, f"{oid.hex()} at {tid.hex()} vanished")
                     conn.send(AddObject, msg_id, args)
+                    total += ITEM_SIZE + len(args[4])
                     while conn.out_size > OUTPUT_MAX:
-                        yield None
+                        yield OUTPUT_RETRY
+                position += len(found)
+                yield from self._pause(total - before)
             self._check_readable(partition, error)
-            args = chunk.next_tid, chunk.next_oid, chunk.unknown
-            conn.send(AnswerFetchObjects, msg_id, args)
+            conn.send(AnswerFetchObjects, msg_id, (*end, unknown))
 
         self._serve(conn, partition, max_tid, error, read)
 
@@ -283,6 +304,16 @@ class PeerHandler(Handler):
         self.operation.replication.received(conn, args)
 
 
+def _before(
+    objects: Mapping[Tid, Sequence[Oid]], end: tuple[Tid, Oid]
+) -> dict[Tid, list[Oid]]:
+    """The keys that precede `end`."""
+    result = {
+        tid: [oid for oid in oids if (tid, oid) < end] for tid, oids in objects.items()
+    }
+    return {tid: oids for tid, oids in result.items() if oids}
+
+
 def _reading_transactions(
     tids: Sequence[Tid],
 ) -> Callable[[Reader], list[Transaction | None]]:
@@ -303,10 +334,14 @@ def _load(
 ) -> list[_Record | None]:
     """Arguments of AddObject for records, None for one that is not there.
 
+    Not for all of them, if they are big.
     A backup (anonymous) of neoppod dies of a pointer to a revision that was packed.
     """
     result: list[_Record | None] = []
+    size = 0
     for tid, oid in keys:
+        if size > OUTPUT_MAX:
+            break
         found = reader.load(oid, at=tid)
         if found is None:
             result.append(None)
@@ -315,4 +350,5 @@ def _load(
         if is_anonymous and value_tid and not reader.has_revision(oid, value_tid):
             value_tid = None
         result.append((oid, tid, compression or 0, checksum, data, value_tid))
+        size += len(data)
     return result

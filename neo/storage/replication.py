@@ -18,7 +18,8 @@ Source: behaviour 5.4 to 5.7, storage-format 14.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha1
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,20 @@ from neo.lib.protocol import (
 from neo.lib.util import add64
 
 from .background import QUEUE
-from .database.interface import Oid, PackOrder, Tid, Transaction, Value
+from .database.interface import Backend, Oid, PackOrder, Tid, Transaction, Value
 
 if TYPE_CHECKING:
     from .operation import Operation
 
 CHUNK = 1000  # items of one request
+PIECE, PIECE_SIZE = 100, 1 << 20  # items and bytes that are written at once
+ITEM_SIZE = 200  # bytes that an item counts for, besides its data
+WAITING_SIZE = 4 << 20  # bytes that wait to be written: the next chunk is not asked for
 SESSIONS_MAX = 2  # partitions copied at a time
 RETRY_DELAY = 1.0  # seconds between two attempts to copy a partition
 RELEASE_DELAY = 100.0  # seconds that an unused connection is kept
+
+Key = tuple[bytes, ...]  # (tid,) or (tid, oid): a position in a partition
 
 
 class Target:
@@ -411,7 +417,12 @@ class SourceIdentification(Handler):
 
 
 class Session:
-    """The copy of a partition from a source, up to `goal`."""
+    """The copy of a partition from a source, up to `goal`.
+
+    What is received is written in pieces, one at a time, so that what clients write
+    comes between them; the next chunk is asked for before the last one is written,
+    unless too much waits already.
+    """
 
     def __init__(self, replication: Replication, target: Target, source: Node) -> None:
         assert target.goal is not None
@@ -424,11 +435,22 @@ class Session:
         self.is_over = False
         self._first = add64(target.done, 1) if target.done > ZERO_TID else ZERO_TID
         self._items: list[tuple[Any, ...]] = []
-        # Of the present chunk: where it starts, and what was here of it.
-        self._position: tuple[bytes, ...] = ()
+        self._size = 0  # bytes of `_items`
+        # Of the present chunk: where it starts, what was here of it (the first CHUNK
+        # items), whether there may be more, and what came.
+        self._position: Key = ()
         self._known: dict[Any, None] = {}
+        self._is_full = False
+        self._received: dict[Any, None] = {}
+        # (job, what follows its commit, is it durable?, bytes)
+        self._pieces: deque[_Piece] = deque()
+        self._waiting_size = 0  # bytes of `_pieces`
+        self._is_writing = False
+        self._next: Callable[[], object] | None = None  # when less waits
         self._backend = replication.node.backend
+        self._reader = replication.node.backend.background
         self._writer = replication.node.writer
+        self._pace = replication.operation.pace
 
     def start(self, conn: Connection) -> None:
         """Copy from a source that is connected."""
@@ -444,74 +466,133 @@ class Session:
 
         self.replication.runtime.submit(QUEUE, read, call)
 
-    def _write(
-        self, job: Callable[[], None], done: Callable[[], object], *, durable: bool
-    ) -> None:
-        def call(result: None) -> None:
-            if not self.is_over:
-                done()
-
-        self._writer.submit(job, call, durable=durable)
-
     def _failed(self, code: int | None, text: str) -> None:
         known = {error.value: error.name for error in ErrorCode}
         name = "" if code is None else known.get(code, str(code))
         self.replication.failed(self, f"{name} {text}".strip())
 
+    # --- what is received -----------------------------------------------------------
+
     def received(self, args: tuple[Any, ...]) -> None:
         """An item of the present chunk."""
-        is_object = len(args) == 6
-        if is_object:
-            ids = args[0], args[1], args[5] or ZERO_TID
-        else:
-            pack = args[7]
-            ids = args[0], args[5], pack[3] if pack else ZERO_TID
-        if max(ids) > MAX_TID:
-            self.replication.failed(self, f"invalid id {max(ids).hex()}")
+        if self.is_over:
             return
-        if is_object:
-            checksum, data = args[3], args[4]
-            if (data or checksum != ZERO_HASH) and sha1(data).digest() != checksum:
-                # Another replica may have it right.
-                oid, tid = args[0], args[1]
-                self.replication.failed(
-                    self, f"{oid.hex()} at {tid.hex()}: wrong checksum"
-                )
-                return
+        if len(args) == 6:
+            wrong = wrong_object(args)
+            key: Any = args[1], args[0]
+            self._size += len(args[4])
+        else:
+            wrong = wrong_transaction(args)
+            key = args[0]
+            self._size += 8 * len(args[6])
+        if wrong:  # another replica may have it right
+            self.replication.failed(self, wrong)
+            return
+        self._size += ITEM_SIZE
         self._items.append(args)
+        if self._is_full:
+            self._received[key] = None
+        if len(self._items) >= PIECE or self._size >= PIECE_SIZE:
+            self._write_items()
 
-    def _take(self) -> list[tuple[Any, ...]]:
-        self.request = None
+    def _write_items(self) -> None:
         items, self._items = self._items, []
-        return items
+        size, self._size = self._size, 0
+        backend = self._backend
+        if items:
+            self._write(lambda: add_items(backend, items), size=size)
 
-    # --- transactions -------------------------------------------------------------
+    def _take_chunk(self, position: Key | None) -> bool:
+        """The answer came: write what is left; is the next position right?"""
+        self.request = None
+        if self.is_over:
+            return False
+        if position is not None and (
+            not self._position < position or position[0] > self.goal
+        ):
+            self._failed(None, f"invalid position {position[0].hex()}")
+            return False
+        self._write_items()
+        return True
+
+    # --- writing --------------------------------------------------------------------
+
+    def _write(
+        self,
+        job: Callable[[], object],
+        done: Callable[[], object] | None = None,
+        *,
+        size: int = 0,
+        durable: bool = False,
+    ) -> None:
+        """Add a piece."""
+        self._pieces.append((job, done, durable, size))
+        self._waiting_size += size
+        self._write_next()
+
+    def _write_next(self) -> None:
+        if self._is_writing or not self._pieces or self.is_over:
+            return
+        self._is_writing = True
+        job, done, durable, size = self._pieces.popleft()
+
+        def written(result: object) -> None:
+            if self.is_over:
+                return
+            self._waiting_size -= size
+            if done is not None:
+                done()
+            following = self._next
+            if following is not None and self._waiting_size <= WAITING_SIZE:
+                self._next = None
+                following()
+            pause = self._pace.pause(size)
+            if pause:
+                self.replication.runtime.call_later(pause, resume)
+            else:
+                resume()
+
+        def resume() -> None:
+            self._is_writing = False
+            self._write_next()
+
+        self._writer.submit(job, written, durable=durable)
+
+    def _go_on(self, following: Callable[[], object]) -> None:
+        """Ask for the next chunk: now, or when less waits to be written."""
+        if self._waiting_size <= WAITING_SIZE:
+            following()
+        else:
+            self._next = following
+
+    # --- transactions ---------------------------------------------------------------
 
     def _ask_transactions(self, min_tid: Tid, is_first: bool = False) -> None:
         partition, goal = self.target.partition, self.goal
-        reader = self._backend.background
+        reader = self._reader
         self._position = (min_tid,)
 
         def ask(known: list[Tid]) -> None:
             assert self.conn is not None
-            self._known = dict.fromkeys(known)
+            self._expect(known)
             self.request = self.conn.ask(
                 AskFetchTransactions, partition, CHUNK, min_tid, goal, known, is_first
             ).then(self._transactions, self._failed)
 
         self._read(lambda: reader.tids_from(partition, min_tid, goal, CHUNK), ask)
 
+    def _expect(self, known: Sequence[Any]) -> None:
+        self._known = dict.fromkeys(known)
+        self._is_full = len(known) == CHUNK
+        self._received = {}
+
     def _transactions(
         self, next_tid: Tid | None, delete: Sequence[Tid], completed: Tid | None
     ) -> None:
-        items = self._take()
-        if self.is_over:
+        if not self._take_chunk(None if next_tid is None else (next_tid,)):
             return
-        if next_tid is not None and not self._position < (next_tid,) <= (self.goal,):
-            self._failed(None, f"invalid position {next_tid.hex()}")
-            return
-        known = self._known
         backend, partition = self._backend, self.target.partition
+        unknown = [tid for tid in delete if tid in self._known]
         packed_less: Tid | None = None
         if completed is not None:
             # Not by the job: the reader face is the loop's.
@@ -520,44 +601,73 @@ class Session:
                 packed_less = completed
 
         def write() -> None:
-            for tid in delete:
-                if tid in known:
-                    backend.delete_transaction(tid)
-            for tid, user, description, extension, packed, ttid, oids, pack in items:
-                order = pack and PackOrder(*pack)
-                backend.add_transaction(
-                    tid,
-                    Transaction(
-                        user, description, extension, oids, packed, ttid, order
-                    ),
-                )
+            for tid in unknown:
+                backend.delete_transaction(tid)
             if packed_less is not None:
                 backend.set_packed(partition, packed_less)
 
-        def written() -> None:
+        def following() -> None:
             if next_tid is None:
                 self._ask_objects(self._first, ZERO_OID)
             else:
                 self._ask_transactions(next_tid)
 
-        self._write(write, written, durable=False)
+        if unknown or packed_less is not None:
+            self._write(write)
+        if self._is_full:
+            end = next_tid or add64(self.goal, 1)
+            self._delete_more_transactions(next(reversed(self._known)), end, following)
+        else:
+            self._go_on(following)
 
-    # --- objects ------------------------------------------------------------------
+    def _delete_more_transactions(
+        self, last: Tid, end: Tid, then: Callable[[], object]
+    ) -> None:
+        """Delete what is here between `last` and `end`, both excluded, and not there.
+
+        The source was told of what is here up to `last` only.
+        """
+        backend, partition = self._backend, self.target.partition
+        reader, received = self._reader, self._received
+        if end <= last:
+            self._go_on(then)
+            return
+        first, bound = add64(last, 1), add64(end, -1)
+
+        def found(tids: list[Tid]) -> None:
+            unknown = [tid for tid in tids if tid not in received]
+
+            def write() -> None:
+                for tid in unknown:
+                    backend.delete_transaction(tid)
+
+            if unknown:
+                self._write(write)
+            if len(tids) == CHUNK:
+                self._delete_more_transactions(tids[-1], end, then)
+            else:
+                self._go_on(then)
+
+        self._read(lambda: reader.tids_from(partition, first, bound, CHUNK), found)
+
+    # --- objects --------------------------------------------------------------------
 
     def _ask_objects(self, min_tid: Tid, min_oid: Oid) -> None:
         partition, goal = self.target.partition, self.goal
-        reader = self._backend.background
+        reader = self._reader
         self._position = min_tid, min_oid
 
         def ask(keys: list[tuple[Tid, Oid]]) -> None:
-            self._known = dict.fromkeys(keys)
-            known = {
-                tid: [oid for _, oid in group]
-                for tid, group in groupby(keys, lambda key: key[0])
-            }
             assert self.conn is not None
+            self._expect(keys)
             self.request = self.conn.ask(
-                AskFetchObjects, partition, CHUNK, min_tid, goal, min_oid, known
+                AskFetchObjects,
+                partition,
+                CHUNK,
+                min_tid,
+                goal,
+                min_oid,
+                by_tid(keys),
             ).then(self._objects, self._failed)
 
         self._read(
@@ -570,36 +680,124 @@ class Session:
         next_oid: Oid | None,
         delete: Mapping[Tid, Sequence[Oid]],
     ) -> None:
-        items = self._take()
-        if self.is_over:
-            return
-        backend, partition, goal = self._backend, self.target.partition, self.goal
-        if next_tid is not None and (
-            next_oid is None
-            or next_tid == ZERO_TID
-            or not self._position < (next_tid, next_oid)
-            or next_tid > self.goal
-        ):
-            self._failed(None, f"invalid position {next_tid.hex()}")
-            return
-        known = self._known
-
-        def write() -> None:
-            for tid, oids in delete.items():
-                for oid in oids:
-                    if (tid, oid) in known:
-                        backend.delete_object(oid, tid)
-            for oid, tid, compression, checksum, data, value_tid in items:
-                value: Value | None = None
-                if data or checksum != ZERO_HASH:
-                    value = checksum, data, compression
-                backend.add_object(oid, tid, value, value_tid)
-            done = goal if next_tid is None else add64(next_tid, -1)
-            backend.set_replicated(partition, done)
-
-        if next_tid is None:
-            # Durable: the master is going to be told.
-            self._write(write, lambda: self.replication.copied(self), durable=True)
-        else:
+        position = None
+        if next_tid is not None:
             position = next_tid, next_oid or ZERO_OID
-            self._write(write, lambda: self._ask_objects(*position), durable=False)
+            if next_oid is None or next_tid == ZERO_TID:
+                self._failed(None, f"invalid position {next_tid.hex()}")
+                return
+        if not self._take_chunk(position):
+            return
+        backend, known = self._backend, self._known
+        unknown = [
+            (tid, oid)
+            for tid, oids in delete.items()
+            for oid in oids
+            if (tid, oid) in known
+        ]
+        if unknown:
+            self._write(lambda: delete_objects(backend, unknown))
+        if self._is_full:
+            self._delete_more_objects(
+                next(reversed(known)), position, lambda: self._chunk_done(position)
+            )
+        else:
+            self._chunk_done(position)
+
+    def _chunk_done(self, position: tuple[Tid, Oid] | None) -> None:
+        """Record the progress, after all of the chunk."""
+        backend, partition, goal = self._backend, self.target.partition, self.goal
+        if position is None:
+            # Durable: the master is going to be told.
+            self._write(
+                lambda: backend.set_replicated(partition, goal),
+                lambda: self.replication.copied(self),
+                durable=True,
+            )
+        else:
+            done = add64(position[0], -1)
+            self._write(lambda: backend.set_replicated(partition, done))
+            self._go_on(lambda: self._ask_objects(*position))
+
+    def _delete_more_objects(
+        self,
+        last: tuple[Tid, Oid],
+        end: tuple[Tid, Oid] | None,
+        then: Callable[[], object],
+    ) -> None:
+        """As `_delete_more_transactions`; None: the end of the partition."""
+        backend, partition, goal = self._backend, self.target.partition, self.goal
+        reader, received = self._reader, self._received
+        if end is not None and end <= last:
+            then()
+            return
+        tid, oid = last[0], add64(last[1], 1)
+        bound = goal if end is None else end[0]
+
+        def found(keys: list[tuple[Tid, Oid]]) -> None:
+            inside = [key for key in keys if end is None or key < end]
+            unknown = [key for key in inside if key not in received]
+            if unknown:
+                self._write(lambda: delete_objects(backend, unknown))
+            if len(inside) == CHUNK:
+                self._delete_more_objects(keys[-1], end, then)
+            else:
+                then()
+
+        self._read(lambda: reader.object_keys(partition, CHUNK, tid, bound, oid), found)
+
+
+_Piece = tuple[Callable[[], object], Callable[[], object] | None, bool, int]
+
+
+# --- items as they come -------------------------------------------------------------
+
+
+def wrong_object(args: tuple[Any, ...]) -> str:
+    """What is wrong with an AddObject, if anything."""
+    oid, tid, _, checksum, data, value_tid = args
+    largest: bytes = max(oid, tid, value_tid or ZERO_TID)
+    if largest > MAX_TID:
+        return f"invalid id {largest.hex()}"
+    if (data or checksum != ZERO_HASH) and sha1(data).digest() != checksum:
+        return f"{oid.hex()} at {tid.hex()}: wrong checksum"
+    return ""
+
+
+def wrong_transaction(args: tuple[Any, ...]) -> str:
+    """What is wrong with an AddTransaction, if anything."""
+    tid, *_, ttid, _, pack = args
+    largest: bytes = max(tid, ttid, pack[3] if pack else ZERO_TID)
+    return f"invalid id {largest.hex()}" if largest > MAX_TID else ""
+
+
+def by_tid(keys: Iterable[tuple[Tid, Oid]]) -> dict[Tid, list[Oid]]:
+    """Sorted keys of records, as AskFetchObjects wants them."""
+    return {
+        tid: [oid for _, oid in group]
+        for tid, group in groupby(keys, lambda key: key[0])
+    }
+
+
+def add_items(backend: Backend, items: Iterable[tuple[Any, ...]]) -> None:
+    """Write what AddTransaction and AddObject bring."""
+    for item in items:
+        if len(item) == 6:
+            oid, tid, compression, checksum, data, value_tid = item
+            value: Value | None = None
+            if data or checksum != ZERO_HASH:
+                value = checksum, data, compression
+            backend.add_object(oid, tid, value, value_tid)
+        else:
+            tid, user, description, extension, packed, ttid, oids, pack = item
+            order = pack and PackOrder(*pack)
+            backend.add_transaction(
+                tid,
+                Transaction(user, description, extension, oids, packed, ttid, order),
+            )
+
+
+def delete_objects(backend: Backend, keys: Iterable[tuple[Tid, Oid]]) -> None:
+    """Delete records."""
+    for tid, oid in keys:
+        backend.delete_object(oid, tid)

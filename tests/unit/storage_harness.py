@@ -1,8 +1,8 @@
 """A storage node between scripted peers, in one process: no socket, no thread.
 
 `Harness` is a Runtime: time stands still but for `advance()`, jobs of `submit()` are
-executed by `turn()` or held (`hold_jobs`). A `Peer` speaks packets, encoded and decoded
-as on the wire.
+executed by `turn()` or held (`hold_jobs`; `hold_writer`: those of the writer). A `Peer`
+speaks packets, encoded and decoded as on the wire.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Harness:
         self.timers: list[tuple[float, int, Timer]] = []
         self.order = count()
         self.jobs: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = []
-        self.hold_jobs = False
+        self.hold_jobs = self.hold_writer = False
         self.status: int | None = None
         self.accept: Callable[[Connection], object] = lambda conn: None
         self.connections: list[Connection] = []  # opened by the node
@@ -199,8 +199,8 @@ class Harness:
                 callback = heapq.heappop(self.timers)[2].callback
                 if callback is not None:
                     callback()
-            elif self.jobs and not self.hold_jobs:
-                _, job, done = self.jobs.pop(0)
+            elif (index := self._next_job()) is not None:
+                _, job, done = self.jobs.pop(index)
                 try:
                     result = job()
                 except Exception as error:  # noqa: BLE001 - as a Runtime does
@@ -210,6 +210,15 @@ class Harness:
                 break
         if self.status is None:
             self.node.check()
+
+    def _next_job(self) -> int | None:
+        if self.hold_jobs:
+            return None
+        queues = [queue for queue, _, _ in self.jobs]
+        for index, queue in enumerate(queues):
+            if not (self.hold_writer and queue == "writer"):
+                return index
+        return None
 
     def advance(self, seconds: float) -> None:
         """Let time pass."""

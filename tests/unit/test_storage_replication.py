@@ -34,7 +34,8 @@ from neo.lib.protocol import (
     NotifyTransactionFinished,
     RequestIdentification,
 )
-from neo.storage import peers
+from neo.storage import peers, replication
+from neo.storage.database.interface import Transaction
 
 from .storage_harness import NAME, OUT, UP, Harness, Peer, number
 
@@ -422,3 +423,96 @@ def test_connection_that_serves_is_kept() -> None:
     assert not peer.is_closed
     peer.send(CloseClient)
     assert peer.is_closed
+
+
+def test_more_here_than_the_source_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is here after the last key that the source was told, but not there, goes."""
+    monkeypatch.setattr(replication, "CHUNK", 2)
+    h = Harness()
+    m = h.operate(TABLE)
+    backend = h.backend
+    backend.begin(True)
+    tids = [number(n) for n in range(2, 12, 2)]
+    for tid in tids:
+        backend.add_transaction(tid, Transaction(b"", b"", b"", (A,), False, tid, None))
+        backend.add_object(A, tid, None, None)
+    backend.commit()
+    h.tell_nodes(OTHER)
+    tell_unfinished(m, T2)
+    peer = source(h)
+    _, msg_id, args = peer.expect(AskFetchTransactions)
+    assert args[4] == (number(2), number(4))
+    # There: 2, 8 and 12, so 6 and 10 are unknown too.
+    metadata = (b"u", b"d", b"", False)
+    for tid in (number(8), T2):
+        peer.send(AddTransaction, tid, *metadata, tid, (A,), None, msg_id=msg_id)
+    peer.send(AnswerFetchTransactions, None, (number(4),), ZERO_TID, msg_id=msg_id)
+    assert backend.tids_from(0, ZERO_TID, MAX_TID, 9) == [number(2), number(8), T2]
+    # Objects: 2 and 8 in the first chunk, then 10 and 12.
+    _, msg_id, args = peer.expect(AskFetchObjects)
+    assert args[5] == {number(2): (A,), number(4): (A,)}
+    peer.send(AddObject, A, number(8), *value(b"8"), None, msg_id=msg_id)
+    answer = number(10), A, {number(4): (A,)}
+    peer.send(AnswerFetchObjects, *answer, msg_id=msg_id)
+    keys = backend.object_keys(0, 9, ZERO_TID, MAX_TID, ZERO_OID)
+    assert keys == [(tid, A) for tid in (number(2), number(8), number(10))]
+    _, msg_id, args = peer.expect(AskFetchObjects)
+    assert args[2:] == (number(10), T2, A, {number(10): (A,)})
+    peer.send(AddObject, A, T2, *value(b"12"), None, msg_id=msg_id)
+    peer.send(AnswerFetchObjects, None, None, {}, msg_id=msg_id)
+    assert m.receive(NotifyReplicationDone) == (0, T2)
+    keys = backend.object_keys(0, 9, ZERO_TID, MAX_TID, ZERO_OID)
+    assert keys[2:] == [(number(10), A), (T2, A)]
+
+
+def test_serve_bytes(full: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of objects are limited in bytes, too."""
+    monkeypatch.setattr(peers, "SLICE", 2)
+    monkeypatch.setattr(peers, "CHUNK_SIZE", 10)
+    peer = identify(full)
+    peer.expect(AcceptIdentification)
+    known = {number(n): (A,) for n in (11, 15)}
+    peer.send(AskFetchObjects, 0, 9, ZERO_TID, MAX_TID, ZERO_OID, known)
+    found = peer.packets()
+    assert [args[1] for _, _, args in found[:-1]] == [number(10), number(12)]
+    assert found[-1][2] == (number(14), number(14), {number(11): (A,)})
+
+
+def test_chunks_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next chunk is asked for while this one waits for the disk."""
+    monkeypatch.setattr(replication, "WAITING_SIZE", 300)
+    h, peer = replicating()
+    _, msg_id, _ = peer.expect(AskFetchTransactions)
+    peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
+    for n in range(3):
+        _, msg_id, _ = peer.expect(AskFetchObjects)
+        h.hold_writer = True
+        peer.send(AddObject, A, number(2 + n), *value(b"x"), None, msg_id=msg_id)
+        peer.send(AnswerFetchObjects, number(3 + n), A, {}, msg_id=msg_id)
+        if n == 1:  # two chunks wait
+            assert not peer.packets()
+            h.hold_writer = False
+            h.turn()
+    assert h.backend.own_cells()[0].tid == number(3)
+    h.hold_writer = False
+    h.turn()
+    assert h.backend.own_cells()[0].tid == number(4)
+
+
+def test_clients_go_first() -> None:
+    """As long as they are active, replication has its guaranteed rate."""
+    h, peer = replicating(replication_rate=0.0001)  # 100 bytes per second
+    c = h.client()
+    _, msg_id, _ = peer.expect(AskFetchTransactions)
+    peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
+    for n in range(4):
+        c.load(A)
+        _, msg_id, _ = peer.expect(AskFetchObjects)
+        peer.send(AddObject, A, number(2 + n), *value(b"x"), None, msg_id=msg_id)
+        peer.send(AnswerFetchObjects, number(3 + n), A, {}, msg_id=msg_id)
+        waits = n < 3
+        assert (h.backend.own_cells()[0].tid != number(2 + n)) is waits
+        if n == 2:  # they stop
+            h.advance(10)
+            assert h.backend.own_cells()[0].tid == number(4)
+            break
