@@ -47,8 +47,17 @@ from .proxy import Network
 THINK = 0.01  # seconds, mean pause of a client between two attempts
 # With these, what is silent is noticed in 3 s instead of 10.
 QUICK = {"ping_after": 1.0, "silence_limit": 3.0, "lock_timeout": 5.0, "lease": 5.0}
+FULL = "NEO_CHAOS" in os.environ
+LIMITS = None if FULL else QUICK
+# Seconds until silence is noticed, with a little for the work that follows.
+NOTICED = 15.0 if FULL else 7.0
 # Steps of a commit at which a client can be stopped.
 BEGUN, STORED, VOTED, FINISHING = "begun", "stored", "voted", "finishing"
+
+
+def times(short: int, full: int) -> range:
+    """How often, without and with `make chaos`."""
+    return range(full if FULL else short)
 
 
 class Clock:
@@ -224,15 +233,20 @@ class World(Cluster):
         self._paused: set[str] = set()
         self._incarnations: dict[str, int] = {}
         self._journals: dict[str, int] = {}  # path: what is read of it
+        self.gone: set[str] = set()  # storages that left for ever
         self._clocks: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> World:
         self.start()
+        self.load()
+        return self
+
+    def load(self) -> None:
+        """Start the clients."""
         self.create()
         for i in range(1, 1 + self.clients):
             self.start_client(f"client{i}")
         self.progress(5 * self.clients)
-        return self
 
     def close(self) -> None:
         for name in list(self.workers):
@@ -303,6 +317,14 @@ class World(Cluster):
         self.workers[name] = process
         return process
 
+    def add_storage(self) -> str:
+        """Start one more; its name."""
+        self.storages += 1
+        name = f"storage{self.storages}"
+        self.ports[name] = free_port()
+        self.start_node(name)
+        return name
+
     def kill_client(self, name: str) -> None:
         """kill -9."""
         process = self.workers.pop(name)
@@ -347,8 +369,9 @@ class World(Cluster):
 
     @property
     def storage_names(self) -> list[str]:
-        """Of all storages."""
-        return [f"storage{i}" for i in range(1, 1 + self.storages)]
+        """Of all storages of the cluster."""
+        names = [f"storage{i}" for i in range(1, 1 + self.storages)]
+        return [name for name in names if name not in self.gone]
 
     @property
     def primary(self) -> str:
@@ -380,8 +403,18 @@ class World(Cluster):
     def wait_healthy(self, timeout: float = PATIENCE) -> float:
         """Wait until `healthy`; how long it took."""
         start = time.monotonic()
-        until(lambda: self.healthy, "healthy", timeout)
+        while not self.healthy:
+            if time.monotonic() > start + timeout:
+                raise AssertionError(self.describe())
+            time.sleep(0.01)
         return time.monotonic() - start
+
+    def describe(self) -> str:
+        """What people would look at; the logs are written, too."""
+        self.neoctl("flush_log")
+        texts = [self.neoctl("print", what)[1] for what in ("summary", "node", "pt")]
+        texts += [f"{name}:\n{self.said(name)}" for name in (*self.ports, "admin")]
+        return "\n".join(texts)
 
     # --- load -------------------------------------------------------------------------
 
@@ -465,20 +498,24 @@ class World(Cluster):
         for name in (*self.ports, "admin"):
             assert "Traceback" not in self.said(name), self.said(name)
         # What clients read after a restart is what is on disk.
-        self.start()
+        self.restart()
         tokens = Tokens(Clock())  # type: ignore[arg-type]
         tokens.attempts = list(self.history.values())
         with self.client(kind=TokenStorage) as storage, self._workload():
             tokens.check(storage, replicas, transactions_of(replicas))
         return summary(self.history.values())
 
+    def restart(self) -> None:
+        """Start all nodes that belong to the cluster."""
+        for name in (*self.master_names, *self.storage_names, "admin"):
+            self.start_node(name)
+        self.wait_state("RUNNING")
+
     def cells(self) -> dict[str, dict[Any, Any]]:
         """Content of all readable cells, which must be complete. Nodes don't run."""
         result: dict[str, dict[Any, Any]] = {}
-        for i in range(1, 1 + self.storages):
-            path = self.path(f"storage{i}.sqlite")
-            if not os.path.exists(path):
-                continue
+        for name in self.storage_names:
+            path = self.path(f"{name}.sqlite")
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 (verdict,) = connection.execute("PRAGMA integrity_check").fetchone()
                 assert verdict == "ok", verdict
@@ -486,13 +523,13 @@ class World(Cluster):
             try:
                 for partition, cell in backend.own_cells().items():
                     if cell.state in READABLE:
-                        content = result[f"{partition}/{i}"] = {}
+                        content = result[f"{partition}/{name}"] = {}
                         read_cell(backend, partition, content)
                 assert not backend.locked_transactions()
                 backend.begin(False)
                 orphans = backend.prune_orphans(0, 1 << 30, True)[0]
                 backend.commit()
-                assert not orphans, f"storage{i}: {orphans} orphans"
+                assert not orphans, f"{name}: {orphans} orphans"
             finally:
                 backend.close()
         assert len(result) == self._cells, sorted(result)

@@ -123,6 +123,10 @@ class Network(threading.Thread):
         """Nothing passes from first to second of each way, until healed."""
         self._call(lambda: self._silent.update(ways))
 
+    def speak(self, *ways: tuple[str, str]) -> None:
+        """End of `silence`."""
+        self._call(lambda: self._silent.difference_update(ways))
+
     def cut(self, one: Iterable[str], other: Iterable[str]) -> None:
         """Silence between two groups, in both directions."""
         others = tuple(other)

@@ -1,0 +1,358 @@
+"""The mandatory scenarios of data and of operators, and of peers that are no peers.
+
+See test_scenarios_nodes.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ZODB.Connection import TransactionMetaData
+from ZODB.utils import p64, u64
+
+from neo.client.exception import NEOStorageError
+from neo.lib.protocol import HANDSHAKE, AcceptIdentification, Error, NodeType
+from tests.history import OK
+from tests.simulation.workload import TokenStorage
+
+from .chaos import FINISHING, FULL, LIMITS, NOTICED, VOTED, World, report, times
+from .harness import free_port, until
+from .peer import Peer, identification
+from .test_robustness import STREAMS, ports
+
+
+def test_24_older_copy(tmp_path: Path) -> None:
+    """One replica comes back with an older copy of its database."""
+    with World(tmp_path) as world:
+        path, copy = world.path("storage1.sqlite"), world.path("older.sqlite")
+        for name in list(world.processes):
+            world.kill(name)
+        shutil.copy(path, copy)
+        for suffix in "-wal", "-shm":
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(path + suffix, copy + suffix)
+        world.start()
+        world.wait_healthy()
+        world.progress(100)
+        for name in list(world.processes):
+            world.kill(name)
+        for suffix in "", "-wal", "-shm":
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(copy + suffix, path + suffix)
+        world.start()
+        world.progress(30)
+        counts = world.audit()
+    report(24, "older copy put back", **counts)
+
+
+def test_25_lost_disk(tmp_path: Path) -> None:
+    """A storage and its disk are lost; an empty one takes its place."""
+    with World(tmp_path) as world:
+
+        def done(*command: str) -> None:
+            status, out, err = world.neoctl(*command)
+            assert not status, (command, out, err)
+
+        with world.measured() as m:
+            world.kill("storage1")
+            os.remove(world.path("storage1.sqlite"))
+            world.gone.add("storage1")
+            world.add_storage()
+            until(lambda: "S4" in world.neoctl("print", "node")[1], "S4 is pending")
+            done("add", "--wait", "10", "S4")
+            done("tweak", "--wait", "30", "S1")
+            done("drop", "S1")
+        assert world.healthy, world.describe()
+        world.audit()
+    report(25, "lost disk", gap=m.gap)
+    assert m.gap <= 1
+
+
+@contextlib.contextmanager
+def false_storage(world: World, name: bytes = b"test") -> Iterator[Peer]:
+    """A storage that identifies, and then says nothing."""
+    port = int(world.primary.removeprefix("master")) - 1
+    with Peer(world.masters[port]) as peer:
+        peer.sock.sendall(
+            HANDSHAKE
+            + identification(
+                NodeType.STORAGE, address=(b"127.0.0.1", free_port()), name=name
+            )
+        )
+        yield peer
+
+
+def test_26_storage_never_ready(tmp_path: Path) -> None:
+    """Storages are added that never get ready, are dead, are of another cluster."""
+    with World(tmp_path, limits=LIMITS) as world:
+        with world.measured() as m, false_storage(world) as peer:
+            while (answer := peer.receive())[1] != AcceptIdentification.code:
+                pass
+            nid = f"S{answer[2][2]}"
+            world.neoctl("add", nid)
+            world.neoctl("tweak")
+            time.sleep(20 if FULL else 8)
+        world.neoctl("tweak", nid)
+        world.neoctl("drop", nid)
+        with false_storage(world, b"other") as peer:
+            assert peer.receive()[1] == Error.code
+        status, _, err = world.neoctl("add", "S9")
+        assert status
+        assert "S9" in err
+        world.wait_healthy()
+        world.audit()
+    report(26, "a storage that is never ready", gap=m.gap, **m.errors)
+    assert m.gap <= NOTICED
+
+
+class Killer(threading.Thread):
+    """Kills and restarts random nodes, in a block."""
+
+    def __init__(self, world: World, every: float = 0.7) -> None:
+        super().__init__()
+        self.world = world
+        self.every = every
+        self.over = threading.Event()
+        self.kills: list[str] = []
+
+    def run(self) -> None:
+        world = self.world
+        while not self.over.wait(world.rng.uniform(0, self.every)):
+            name = world.rng.choice([*world.storage_names, *world.master_names])
+            self.kills.append(name)
+            world.kill(name)
+            world.start_node(name)
+
+    def __enter__(self) -> Killer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def test_27_kill_during_creation(tmp_path: Path) -> None:
+    """Nodes are killed while the database is created."""
+    for n in times(2, 10):
+        world = World(tmp_path / str(n))
+        try:
+            world.start(wait=False)
+            with Killer(world, 0.3):
+                time.sleep(2)
+            world.wait_state("RUNNING")
+            world.load()
+            world.audit()
+        finally:
+            world.close()
+
+
+def again(world: World, *command: str) -> None:
+    """Repeat a command until it succeeds."""
+    last: list[tuple[int, str, str]] = []
+
+    def done() -> bool:
+        last[:] = [world.neoctl(*command)]
+        return not last[0][0]
+
+    try:
+        until(done, str(command))
+    except AssertionError:
+        raise AssertionError((command, last)) from None
+
+
+def test_27_kill_during_tweak(tmp_path: Path) -> None:
+    """Nodes are killed while a storage is added, and while it is emptied."""
+    with World(tmp_path) as world:
+        for _ in times(1, 5):
+            with Killer(world) as killer:
+                name = world.add_storage()
+                nid = f"S{name.removeprefix('storage')}"
+                until(lambda nid=nid: nid in world.neoctl("print", "node")[1], nid)
+                again(world, "add", nid)
+                again(world, "tweak")
+                time.sleep(3)
+            world.wait_healthy(60)
+            world.progress()
+            with Killer(world) as killer:
+                again(world, "tweak", nid)
+                time.sleep(3)
+            world.wait_healthy(60)
+            again(world, "tweak", nid)
+            world.wait_healthy(60)
+            again(world, "drop", nid)
+            until(lambda name=name: not world.processes[name].is_alive(), "its end")
+            world.gone.add(name)
+            world.kill(name)
+            world.progress()
+        counts = world.audit()
+    report(27, "kills during add, tweak, drop", kills=len(killer.kills), **counts)
+
+
+def test_27_kill_during_truncation(tmp_path: Path) -> None:
+    """Nodes are killed while the database is truncated: done, or not done."""
+    with World(tmp_path) as world:
+        world.stop_clients()
+        with world.client(kind=TokenStorage) as storage:
+            storage.sync()
+            tid = storage.lastTransaction()
+        world.start_client("client1")
+        world.progress(50)
+        world.stop_clients()
+        known = {a.tid for a in world.history.values() if a.outcome == OK}
+        with Killer(world, 1):
+            again(world, "truncate", "--yes", f"tid:{u64(tid)}")
+            time.sleep(3)
+        world.heal()
+        world.wait_healthy(60)
+        with world.client(kind=TokenStorage) as storage:
+            storage.sync()
+            last = storage.lastTransaction()
+        if last != tid:
+            assert last == max(known)  # type: ignore[type-var]
+            again(world, "truncate", "--yes", "--wait", "20", f"tid:{u64(tid)}")
+        world.history = {
+            token: attempt
+            for token, attempt in world.history.items()
+            if attempt.at <= tid and (attempt.tid is None or attempt.tid <= tid)
+        }
+        world.start_client("client2")
+        world.progress(10)
+        world.audit()
+    report(27, "kills during truncate", done=last == tid)
+
+
+def test_29_malformed_input_under_load(tmp_path: Path) -> None:
+    """Strangers send nonsense to all ports: the work goes on."""
+    with World(tmp_path) as world:
+        streams = list(STREAMS.values())
+        addresses = list(ports(world).values())
+
+        def rate(seconds: float) -> float:
+            before, start = world.read(), time.monotonic()
+            time.sleep(seconds)
+            return (world.read() - before) / (time.monotonic() - start)
+
+        seconds = 10 if FULL else 2
+        usual = rate(seconds)
+        over = threading.Event()
+
+        def attack() -> None:
+            for i, data in enumerate(streams * 1000):
+                if over.wait(0.02):
+                    break
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(addresses[i % len(addresses)], 10) as sock,
+                ):
+                    sock.sendall(data)
+
+        thread = threading.Thread(target=attack)
+        thread.start()
+        attacked = rate(seconds)
+        over.set()
+        thread.join()
+        world.audit()
+    report(29, "malformed input under load", usual=usual, attacked=attacked)
+    assert attacked > usual / 2
+
+
+REFUSED = {
+    "cluster name": {"name": b"other"},
+    "id of another type": {"nid": -1},
+    "id of a storage that is here": {"nid": 1},
+}
+
+
+def test_34_refused_peers(tmp_path: Path) -> None:
+    """Peers that can't be right are told so at once."""
+    with World(tmp_path, clients=1) as world:
+        address = world.masters[int(world.primary.removeprefix("master")) - 1]
+        for case, fields in REFUSED.items():
+            start = time.monotonic()
+            with Peer(address) as peer:
+                kind = NodeType.CLIENT if "type" in case else NodeType.STORAGE
+                if kind is NodeType.STORAGE:
+                    fields = {"address": (b"127.0.0.1", free_port()), **fields}
+                peer.sock.sendall(HANDSHAKE + identification(kind, **fields))
+                _, code, args = peer.receive()
+                assert code == Error.code, case
+                assert args[1], case
+            assert time.monotonic() - start < 1
+        with socket.create_connection(address, 5) as sock:
+            sock.sendall(HANDSHAKE[:-1] + b"\x09")
+            received = b""
+            while data := sock.recv(100):
+                received += data
+            assert received == HANDSHAKE
+        assert "version" in world.said(world.primary)
+        world.audit()
+
+
+def commit(storage: TokenStorage, tid: bytes | None = None) -> bytes:
+    """One revision of one object."""
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn, tid)
+    try:
+        oid = storage.new_oid()
+        storage.store(oid, bytes(8), b"x", "", txn)
+        storage.tpc_vote(txn)
+        done: bytes = storage.tpc_finish(txn)
+        return done
+    finally:
+        storage.tpc_abort(txn)
+
+
+def test_36_explicit_tids(tmp_path: Path) -> None:
+    """Clients may choose a tid only if it is the next, and of about now."""
+    with World(tmp_path, masters=1, clients=0) as world:
+        with world.client(kind=TokenStorage) as storage:
+            last = commit(storage)
+            day = 24 * 60 << 32
+            for tid in (bytes(8), last, p64(u64(last) + 2 * day), p64((1 << 63) - 1)):
+                with pytest.raises(NEOStorageError):
+                    commit(storage, tid)
+            following = p64(u64(last) + 1)
+            assert commit(storage, following) == following
+            assert commit(storage) > following
+        world.kill("master1")
+        world.start_node("master1")
+        with world.client(kind=TokenStorage) as storage:
+            commit(storage)
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "VOTED", "FINISHING", "RECOVERING"])
+def test_37_stopping(tmp_path: Path, state: str) -> None:
+    """The cluster is stopped in any state: all nodes exit, and start again."""
+    with World(tmp_path) as world:
+        step = {"VOTED": VOTED, "FINISHING": FINISHING}.get(state)
+        if step is not None:
+            for i in (4, 5):
+                world.start_client(f"client{i}", stop=(step, signal.SIGSTOP))
+            until(
+                lambda: world.read() and world.messages.count(f"stopped: {step}") == 2
+            )
+        elif state == "RECOVERING":
+            for name in ("storage1", "storage2"):
+                world.kill(name)
+            until(lambda: world.state() == "RECOVERING")
+        start = time.monotonic()
+        world.stop()
+        seconds = time.monotonic() - start
+        for i in (4, 5) if step else ():
+            world.resume(f"client{i}")
+        world.restart()
+        world.audit()
+    report(37, f"stop when {state}", seconds=seconds)
+    assert seconds <= 10
