@@ -68,5 +68,10 @@ TOBJ = Table("tobj", _columns(_OBJ), ("tid", "oid"))
 #: in order of creation
 TABLES = (CONFIG, PT, PACK, TRANS, OBJ, DATA, TTRANS, TOBJ)
 
+#: of databases with packets of limited size: chunks of big values (6.2)
+BIGDATA = Table("bigdata", _columns("id serial, value blob24"), ("id",))
+#: what neoppod still has to delete there (6.5)
+TODEL = Table("todel", _columns("data_id u64"), ("data_id",))
+
 #: what makes equal values of `data` be stored once; chosen when the table is created
 DEDUP_INDEX = ("hash", "compression")

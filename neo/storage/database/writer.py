@@ -36,7 +36,7 @@ class SQLWriter(SQLReader):
 
     # Conflicts with existing rows are rare, and handled after.
     INSERT_IGNORE = "INSERT OR IGNORE"
-    TABLES = schema.TABLES
+    TABLES: tuple[schema.Table, ...] = schema.TABLES
 
     def _reset_memory(self) -> None:
         """Forget what is counted in memory."""
@@ -185,19 +185,16 @@ class SQLWriter(SQLReader):
     def _store_value(self, partition: int, value: Value, rows: list[Row]) -> int:
         """Data id of a value; its row is put in `rows`, or inserted at once (dedup)."""
         checksum, data, compression = value
-        if not self.dedup:
-            data_id = self._new_data_id(partition)
-            rows.append((data_id, checksum, compression, data))
-            return data_id
-        for data_id, other in self.fetch(self.EQUAL_DATA, (checksum, compression)):
-            if other != data:
-                raise BackendError(
-                    f"data {data_id} has the checksum of another value:"
-                    f" {checksum.hex()}"
-                )
-            return int(data_id)
+        if self.dedup:
+            for data_id, other in self.fetch(self.EQUAL_DATA, (checksum, compression)):
+                check_equal(data_id, checksum, data, other)
+                return int(data_id)
         data_id = self._new_data_id(partition)
-        self.execute(self.INSERT_DATA, (data_id, checksum, compression, data))
+        row = data_id, checksum, compression, data
+        if self.dedup:
+            self.execute(self.INSERT_DATA, row)
+        else:
+            rows.append(row)
         return data_id
 
     def _insert_value(self, partition: int, value: Value) -> int:
@@ -263,6 +260,14 @@ class SQLWriter(SQLReader):
         if not dry_run:
             self._prune(orphans)
         return len(orphans), rows[-1][0] + 1 if len(rows) == limit else None
+
+
+def check_equal(data_id: int, checksum: bytes, data: bytes, other: bytes) -> None:
+    """Raise BackendError if a value found by the checksum of `data` is another one."""
+    if other != data:
+        raise BackendError(
+            f"data {data_id} has the checksum of another value: {checksum.hex()}"
+        )
 
 
 def _first_data_id(partition: int) -> int:

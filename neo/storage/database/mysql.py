@@ -1,0 +1,630 @@
+"""MariaDB and MySQL: connections to a server, what it must be told, big values.
+
+There are three connections: clients' reads (on the event loop), slices of long reads,
+and the writer. Those that read are in autocommit mode: each query sees the last commit,
+is one round trip, and waits for nobody. The writer collects statements whose result is
+not needed, and sends them with the next one that is, or with the COMMIT, as one packet:
+a round trip costs more than most statements. All commits are durable; the server has
+no cheaper ones.
+
+**A connection that dies** is opened again, and what a reader asked is asked again. The
+writer looks whether its connection is alive before each SQL transaction, when nothing
+is lost if it isn't. Later the transaction is lost: that's the end of the node, for
+whether a COMMIT was executed is unknown.
+
+The database is locked by name (`GET_LOCK`) on the writer's connection.
+
+Source: storage-format.md 2.4, 3.3, 6.2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select  # noqa: TID251  # poll, never waiting
+import time  # noqa: TID251  # patience with a server that restarts
+from collections.abc import Iterable, Sequence
+from struct import Struct
+
+from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
+
+from . import schema
+from .interface import Oid, Revision, Tid, Value
+from .mysql_driver import (
+    ABSENT,
+    LITERALS,
+    LOCK_WAIT_TIMEOUT,
+    Connection,
+    Failed,
+    Lost,
+    Result,
+    backend_error,
+    choose_driver,
+    parse_location,
+    render,
+    translate,
+)
+from .reader import PAGE, Layout, Row, SQLReader
+from .sql import SQLBackend
+from .writer import check_equal
+
+log = logging.getLogger(__name__)
+
+ENGINES = "InnoDB", "RocksDB"
+# A value of 16 MiB - 1 needs at most twice as much as a literal.
+PACKET_MIN = 32769 << 10
+# Statements are sent when so many bytes of them wait; a single one may be longer.
+BATCH = 1 << 20
+RETRIES = 2  # of a read, each after a reconnection
+RECONNECT_S = 5.0  # patience with a server that restarts: less than that of peers
+CHUNKED_MIN = 1 << 24  # what MEDIUMBLOB can't hold
+CHUNK = 1 << 23
+CHUNKED = 0x80  # in `compression`: the value is in `bigdata`, and described here
+DESCRIPTOR = Struct(">II")  # id of the first chunk, length of the value
+
+TYPES = {
+    "partition": "SMALLINT UNSIGNED",
+    "nid": "INT",
+    "i64": "BIGINT",
+    "u64": "BIGINT UNSIGNED",
+    "serial": "INT UNSIGNED",
+    "code": "TINYINT UNSIGNED",
+    "bool": "BOOLEAN",
+    "text": "VARBINARY(255)",
+    "hash": "BINARY(20)",
+    "blob": "BLOB",
+    "blob24": "MEDIUMBLOB",
+}
+NULLABLE = {("data", "compression")}  # as neoppod has it
+INDEX_NAMES = {("partition", "tid", "oid"): "tid", ("data_id",): "data_id"}
+# Column families of RocksDB, which keep apart what lives differently (3.3).
+FAMILIES = {
+    ("trans", "PRIMARY"): "cf_neo_append_meta",
+    ("obj", "PRIMARY"): "rev:cf_neo_obj_pk",
+    ("obj", "tid"): "cf_neo_append_meta",
+    ("obj", "data_id"): "cf_neo_append_meta",
+    ("data", "PRIMARY"): "cf_neo_append",
+    ("bigdata", "PRIMARY"): "cf_neo_append",
+    ("data", "hash"): "cf_neo_no_comp",
+    ("ttrans", "PRIMARY"): "cf_neo_no_comp",
+    ("tobj", "PRIMARY"): "cf_neo_no_comp",
+    ("todel", "PRIMARY"): "cf_neo_no_comp",
+}
+
+SESSION = (
+    "SET SESSION wait_timeout=2147483,"
+    " sql_mode='TRADITIONAL,NO_ENGINE_SUBSTITUTION',"
+    " group_concat_max_len=4294967295"
+)
+
+
+class Server:
+    """Opens connections to a database."""
+
+    def __init__(self, database: str, adapter: str, engine: str) -> None:
+        self.location = parse_location(database)
+        self.name = self.location.database
+        self._connect = choose_driver(adapter)
+        self._settings = SESSION
+        if engine == "RocksDB":
+            self._settings += ", rocksdb_max_row_locks=1073741824"
+
+    def connect(self, autocommit: bool) -> Connection:
+        """Open a connection; raises Lost or Failed."""
+        connection = self._connect(self.location)
+        try:
+            connection.run(f"{self._settings}, autocommit={autocommit:d}".encode())
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def first_connection(self, wait: float) -> Connection:
+        """That of the writer; `wait`: seconds of patience, one attempt a second."""
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                return self.connect(False)
+            except (Lost, Failed) as e:
+                is_absent = isinstance(e, Lost) or e.code in ABSENT
+                if not is_absent or time.monotonic() >= deadline:
+                    raise ConfigurationError(
+                        f"can not open database {self.name!r}: {e}"
+                    ) from e
+                log.warning("waiting for the server of database %r: %s", self.name, e)
+            time.sleep(1)
+
+    def connect_again(self, autocommit: bool, why: object) -> Connection:
+        """Replace a connection that died; raises BackendError."""
+        log.warning("connection to database %r lost, reconnecting: %s", self.name, why)
+        deadline = time.monotonic() + RECONNECT_S
+        while True:
+            try:
+                return self.connect(autocommit)
+            except (Lost, Failed) as e:
+                if time.monotonic() >= deadline:
+                    raise backend_error(e) from e
+            time.sleep(0.1)
+
+
+class MySQLReader(SQLReader):
+    """Reads over a connection of its own."""
+
+    def __init__(self, layout: Layout, server: Server) -> None:
+        self.layout = layout
+        self._open_reader(server)
+
+    def _open_reader(self, server: Server) -> None:
+        self._server = server
+        try:
+            self._use(server.connect(True))
+        except (Lost, Failed) as e:
+            raise backend_error(e) from e
+
+    def _use(self, connection: Connection) -> None:
+        self._read_connection = connection
+        self._select = connection.select
+
+    def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
+        packet = translate(sql) % tuple([LITERALS[type(arg)](arg) for arg in args])
+        try:
+            return list(self._select(packet))
+        except Lost as e:
+            return self._query_again(packet, e)
+        except Failed as e:
+            raise backend_error(e) from e
+
+    def _query_again(self, packet: bytes, error: Lost) -> list[Row]:
+        for _ in range(RETRIES):
+            self._read_connection.close()
+            self._use(self._server.connect_again(True, error))
+            try:
+                return list(self._select(packet))
+            except Lost as e:
+                error = e
+            except Failed as e:
+                raise backend_error(e) from e
+        raise backend_error(error)
+
+    def close_reader(self) -> None:
+        self._read_connection.close()
+
+    def size(self) -> int:
+        return int(self._query(self.SIZE)[0][0])
+
+    SIZE = (
+        "SELECT COALESCE(SUM(data_length + index_length), 0)"
+        " FROM information_schema.tables WHERE table_schema = DATABASE()"
+    )
+
+    # --- texts ------------------------------------------------------------------
+
+    # The optimizer believes statistics that are old, and prefers `data_id` or a scan.
+    _BY_OID = "obj AS o FORCE INDEX (PRIMARY)"
+    LOAD_LAST = SQLReader.LOAD_LAST.replace("obj AS o", _BY_OID)
+    LOAD_BEFORE = SQLReader.LOAD_BEFORE.replace("obj AS o", _BY_OID)
+    LOAD_AT = SQLReader.LOAD_AT.replace("obj AS o", _BY_OID)
+    LAST_REVISIONS = (
+        "SELECT obj.oid, obj.tid, revisions, data_id FROM ("
+        "SELECT oid AS last_oid, MAX(tid) AS last_tid, COUNT(*) AS revisions"
+        " FROM obj FORCE INDEX (PRIMARY)"
+        " WHERE partition = ? AND oid >= ? AND tid <= ?"
+        " GROUP BY oid ORDER BY oid LIMIT ?"
+        ") AS last STRAIGHT_JOIN obj FORCE INDEX (PRIMARY)"
+        " ON obj.oid = last_oid AND obj.tid = last_tid"
+        " WHERE partition = ? ORDER BY last_oid"
+    )
+    REVISIONS_UNTIL = SQLReader.REVISIONS_UNTIL.replace(
+        "FROM obj", "FROM obj FORCE INDEX (PRIMARY)"
+    )
+    REVISIONS_AFTER = SQLReader.REVISIONS_AFTER.replace(
+        "FROM obj", "FROM obj FORCE INDEX (PRIMARY)"
+    )
+    KEYS_AT = SQLReader.KEYS_AT.replace("FROM obj", "FROM obj FORCE INDEX (tid)")
+    KEYS_AFTER = SQLReader.KEYS_AFTER.replace("FROM obj", "FROM obj FORCE INDEX (tid)")
+    LAST_OBJECT_TID = SQLReader.LAST_OBJECT_TID.replace(
+        "FROM obj", "FROM obj FORCE INDEX (tid)"
+    )
+    LAST_OID = SQLReader.LAST_OID.replace("FROM obj", "FROM obj FORCE INDEX (PRIMARY)")
+    HISTORY = SQLReader.HISTORY.replace(
+        "LENGTH(value)",
+        f"IF(compression < {CHUNKED}, LENGTH(value),"
+        " CAST(CONV(HEX(SUBSTRING(value, 5)), 16, 10) AS UNSIGNED))",
+    ).replace("FROM obj", "FROM obj FORCE INDEX (PRIMARY)")
+
+    # --- big values -------------------------------------------------------------
+
+    CHUNKS = "SELECT value FROM bigdata WHERE id >= ? AND id < ? ORDER BY id"
+
+    def load(
+        self, oid: Oid, at: Tid | None = None, before: Tid | None = None
+    ) -> Revision | None:
+        revision = super().load(oid, at, before)
+        while revision is not None and revision[2] and revision[2] >= CHUNKED:
+            tid, next_tid, _, checksum, descriptor, value_tid = revision
+            data = join_chunks(
+                descriptor, self._query(self.CHUNKS, chunk_range(descriptor))
+            )
+            if data is not None:
+                return tid, next_tid, revision[2] - CHUNKED, checksum, data, value_tid
+            # Packed meanwhile? Then it isn't found again.
+            again = super().load(oid, at, before)
+            if again == revision:
+                raise BackendError(f"chunks of oid {oid.hex()} are missing")
+            revision = again
+        return revision
+
+    def spilled(self, data_id: int) -> Value:
+        checksum, data, compression = super().spilled(data_id)
+        if compression < CHUNKED:
+            return checksum, data, compression
+        whole = join_chunks(data, self._query(self.CHUNKS, chunk_range(data)))
+        if whole is None:
+            raise BackendError(f"chunks of data {data_id} are missing")
+        return checksum, whole, compression - CHUNKED
+
+
+def chunk_range(descriptor: bytes) -> tuple[int, int]:
+    """Ids of the first chunk of a value, and after the last one."""
+    first, length = DESCRIPTOR.unpack(descriptor)
+    return first, first + (length + CHUNK - 1) // CHUNK
+
+
+def join_chunks(descriptor: bytes, rows: Iterable[Row]) -> bytes | None:
+    """A value that is described in `data`; None if some of it is missing."""
+    data = b"".join([chunk for (chunk,) in rows])
+    return data if len(data) == DESCRIPTOR.unpack(descriptor)[1] else None
+
+
+class MySQLBackend(SQLBackend, MySQLReader):
+    """A database of a server."""
+
+    background: MySQLReader
+    has_cheap_commits = False
+    INSERT_IGNORE = "INSERT IGNORE"
+    TABLES = (*schema.TABLES, schema.BIGDATA, schema.TODEL)
+
+    def __init__(
+        self,
+        database: str,
+        adapter: str = "MySQL",
+        engine: str | None = None,
+        wait: float = 0,
+        dedup: bool = False,
+        reset: bool = False,
+    ) -> None:
+        SQLBackend.__init__(self)
+        self._engine = engine or ENGINES[0]
+        if self._engine not in ENGINES:
+            raise ConfigurationError(f"unsupported engine {self._engine!r}")
+        self._connection: Connection | None = None
+        self._readers: list[MySQLReader] = []
+        self._statements: list[bytes] = []
+        self._size = 0  # bytes of these
+        self._sent = False  # something of the present transaction
+        self._writing = False
+        self._is_safe = True  # commits survive a crash
+        self._has_chunks = False
+        server = Server(database, adapter, self._engine)
+        try:
+            self._connection = server.first_connection(wait)
+            self._open(server, dedup, reset)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, server: Server, dedup: bool, reset: bool) -> None:
+        self._server = server
+        assert self._connection is not None
+        self._take_lock(self._connection, 0)
+        self._check_server()
+        self._open_reader(server)
+        self._readers.append(self)
+        self.background = MySQLReader(self.layout, server)
+        self._readers.append(self.background)
+        self.open_database(dedup, reset)
+        self._delete_deferred()
+
+    def _take_lock(self, connection: Connection, timeout: int) -> None:
+        """Make sure that nobody else uses the database (2.5)."""
+        sql = "SELECT GET_LOCK(?, ?)"
+        args = (f"{self._server.name}.neostorage", timeout)
+        if connection.select(render(sql, args))[0][0] != 1:
+            raise DatabaseLocked("database is locked")
+
+    def _check_server(self) -> None:
+        assert self._connection is not None
+        packet, flush, binlog, rolls_back, directory = self._connection.select(
+            b"SELECT @@max_allowed_packet, @@innodb_flush_log_at_trx_commit,"
+            b" @@log_bin AND @@sync_binlog <> 1, @@innodb_rollback_on_timeout,"
+            b" @@datadir"
+        )[0]
+        if packet < PACKET_MIN:
+            raise ConfigurationError(
+                f"max_allowed_packet of the server is {packet}:"
+                f" at least {PACKET_MIN} is needed"
+            )
+        self._batch = min(BATCH, packet // 2)
+        self._waits_for_locks = not rolls_back
+        support = self._connection.select(
+            render(
+                "SELECT support FROM information_schema.engines WHERE engine = ?",
+                (self._engine,),
+            )
+        )
+        if not support or support[0][0] not in (b"YES", b"DEFAULT"):
+            raise ConfigurationError(f"the server has no engine {self._engine}")
+        unsafe = []
+        if flush not in (1, 3):
+            unsafe.append(f"innodb_flush_log_at_trx_commit={flush}")
+        if binlog:
+            unsafe.append("sync_binlog is not 1")
+        if self._engine == "RocksDB":
+            sql = b"SELECT @@rocksdb_flush_log_at_trx_commit"
+            if (flush := self._connection.select(sql)[0][0]) != 1:
+                unsafe.append(f"rocksdb_flush_log_at_trx_commit={flush}")
+        for setting in unsafe:
+            log.warning("%s: commits may be lost if the server crashes", setting)
+        self._is_safe = not unsafe
+        try:
+            self.device = os.stat(directory).st_dev
+        except OSError:
+            self.device = 0  # on another host, or not ours to see
+
+    def close(self) -> None:
+        while self._readers:
+            self._readers.pop().close_reader()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    wants_checkpoint = False
+
+    def checkpoint(self) -> None:
+        """Nothing to do: it's the server's business."""
+
+    # --- SQL transactions -------------------------------------------------------
+
+    def begin(self, durable: bool) -> None:
+        assert not self._writing
+        connection = self._connection
+        assert connection is not None
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLIN)
+        if poll.poll(0):  # the server says nothing unasked, but that it goes
+            self._connect_again(connection)
+        self._writing = True
+        self._sent = False
+
+    def _connect_again(self, connection: Connection) -> None:
+        """Replace the writer's connection, when nothing depends on it."""
+        connection.close()
+        if not self._is_safe:
+            raise BackendError(
+                "MySQL: connection lost, and the server may have lost commits"
+            )
+        self._connection = self._server.connect_again(False, "closed by the server")
+        try:
+            # Until it sees the end of the former connection, that one has the lock.
+            self._take_lock(self._connection, int(RECONNECT_S))
+        except (Lost, Failed) as e:
+            raise backend_error(e) from e
+
+    def commit(self) -> None:
+        assert self._writing
+        if self._sent or self._statements:
+            self._statements.append(b"COMMIT")
+            self._flush()
+        self._writing = False
+
+    def rollback(self) -> None:
+        if not self._writing:
+            return
+        self._statements, self._size = [], 0
+        if self._sent and self._connection is not None:
+            try:
+                self._connection.run(b"ROLLBACK")
+            except (Lost, Failed) as e:
+                log.warning("rollback failed: %s", e)
+        self._writing = False
+
+    def _push(self, statement: bytes) -> None:
+        assert self._writing
+        if self._size + len(statement) > self._batch:
+            self._flush()
+        self._statements.append(statement)
+        self._size += len(statement)
+
+    def _flush(self) -> list[Result]:
+        """Send what waits; return its results."""
+        statements, self._statements, self._size = self._statements, [], 0
+        results: list[Result] = []
+        assert self._connection is not None
+        while statements:
+            self._sent = True
+            try:
+                results += self._connection.run(b";".join(statements))
+                break
+            except Lost as e:
+                raise backend_error(e) from e
+            except Failed as e:
+                if e.code != LOCK_WAIT_TIMEOUT or not self._waits_for_locks:
+                    raise backend_error(e) from e
+                log.warning("another program locks rows, waiting: %s", e)
+                results += e.results
+                del statements[: len(e.results)]
+        return results
+
+    def execute(self, sql: str, args: Sequence[object] = ()) -> None:
+        self._push(render(sql, args))
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        head, values, row = sql.partition(" VALUES ")
+        if not values:
+            for args in rows:
+                self.execute(sql, args)
+            return
+        prefix = translate(head + values)
+        texts: list[bytes] = []
+        size = len(prefix)
+        for args in rows:
+            text = render(row, args)
+            if texts and size + len(text) > self._batch:
+                self._push(prefix + b",".join(texts))
+                texts, size = [], len(prefix)
+            texts.append(text)
+            size += len(text) + 1
+        if texts:
+            self._push(prefix + b",".join(texts))
+
+    def change(self, sql: str, args: Sequence[object] = ()) -> int:
+        self._push(render(sql, args))
+        count = self._flush()[-1]
+        assert isinstance(count, int), sql
+        return count
+
+    def fetch(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
+        self._push(render(sql, args))
+        rows = self._flush()[-1]
+        assert not isinstance(rows, int), sql
+        return list(rows)
+
+    # --- schema -----------------------------------------------------------------
+
+    COLUMNS = (
+        "SELECT column_name FROM information_schema.columns"
+        " WHERE table_schema = DATABASE() AND table_name = ? ORDER BY ordinal_position"
+    )
+
+    def columns(self, table: str) -> list[str]:
+        return [name.decode() for (name,) in self.fetch(self.COLUMNS, (table,))]
+
+    def create_table(self, table: schema.Table, name: str | None = None) -> None:
+        lines = []
+        for column in table.columns:
+            is_null = column.null or (table.name, column.name) in NULLABLE
+            line = f"{column.name} {TYPES[column.type]} {'' if is_null else 'NOT '}NULL"
+            if column.type == "serial":
+                line += " AUTO_INCREMENT"
+            lines.append(line)
+        lines.append(self._key(table, "PRIMARY", "PRIMARY KEY", table.key))
+        for columns in table.indexes:
+            index = INDEX_NAMES[columns]
+            lines.append(self._key(table, index, f"KEY {index}", columns))
+        if table is schema.DATA and self._dedup_wanted:
+            lines.append(
+                self._key(table, "hash", "UNIQUE KEY hash", schema.DEDUP_INDEX)
+            )
+        self.execute(
+            f"CREATE TABLE IF NOT EXISTS {name or table.name}"
+            f" ({', '.join(lines)}) ENGINE={self._engine}"
+        )
+
+    def _key(
+        self, table: schema.Table, name: str, kind: str, columns: Sequence[str]
+    ) -> str:
+        text = f"{kind} ({', '.join(columns)})"
+        family = FAMILIES.get((table.name, name))
+        if family and self._engine == "RocksDB":
+            text += f" COMMENT '{family}'"
+        return text
+
+    def create_indexes(self, table: schema.Table) -> None:
+        """Nothing to do: they are made with their table."""
+
+    def drop_tables(self) -> None:
+        # Each is gone at once. The settings go last: without them, other tables would
+        # be of nobody; without `pt`, they count for nothing.
+        order = [schema.PT, *(t for t in self.TABLES if t is not schema.PT)]
+        order.remove(schema.CONFIG)
+        for table in (*order, schema.CONFIG):
+            self.execute(f"DROP TABLE IF EXISTS {table.name}")
+
+    def detect_dedup(self, create: bool) -> bool:
+        return bool(
+            self.fetch(
+                "SELECT 1 FROM information_schema.statistics"
+                " WHERE table_schema = DATABASE() AND table_name = 'data'"
+                " AND index_name = 'hash' LIMIT 1"
+            )
+        )
+
+    # --- values -----------------------------------------------------------------
+
+    def _load_unfinished(self) -> None:
+        super()._load_unfinished()
+        self._has_chunks = bool(self.fetch("SELECT 1 FROM bigdata LIMIT 1"))
+
+    def _store_value(self, partition: int, value: Value, rows: list[Row]) -> int:
+        checksum, data, compression = value
+        if len(data) < CHUNKED_MIN:
+            return super()._store_value(partition, value, rows)
+        code = compression | CHUNKED
+        if self.dedup:
+            for data_id, descriptor in self.fetch(self.EQUAL_DATA, (checksum, code)):
+                other = self.fetch(self.CHUNKS, chunk_range(descriptor))
+                check_equal(
+                    data_id, checksum, data, join_chunks(descriptor, other) or b""
+                )
+                return int(data_id)
+        return super()._store_value(
+            partition, (checksum, self._store_chunks(data), code), rows
+        )
+
+    INSERT_CHUNK = "INSERT INTO bigdata VALUES (?, ?)"
+
+    def _store_chunks(self, data: bytes) -> bytes:
+        """Insert a value in consecutive rows; return its descriptor."""
+        self.execute(self.INSERT_CHUNK, (None, data[:CHUNK]))
+        first = self.fetch("SELECT LAST_INSERT_ID()")[0][0]
+        for n, start in enumerate(range(CHUNK, len(data), CHUNK), 1):
+            self.execute(self.INSERT_CHUNK, (first + n, data[start : start + CHUNK]))
+        self._has_chunks = True
+        return DESCRIPTOR.pack(first, len(data))
+
+    def _prune(self, data_ids: Iterable[int | None]) -> None:
+        ids = [
+            data_id
+            for data_id in data_ids
+            if data_id is not None and data_id not in self._references
+        ]
+        for start in range(0, len(ids), PAGE):
+            among = ",".join(map(str, ids[start : start + PAGE]))
+            unused = (
+                f"FROM data WHERE id IN ({among})"
+                " AND NOT EXISTS (SELECT 1 FROM obj WHERE obj.data_id = data.id)"
+            )
+            if self._has_chunks:
+                self._push(
+                    f"SELECT value {unused} AND compression >= {CHUNKED}".encode()
+                )
+                rows = self._flush()[-1]
+                assert not isinstance(rows, int)
+                for (descriptor,) in rows:
+                    self.execute(
+                        "DELETE FROM bigdata WHERE id >= ? AND id < ?",
+                        chunk_range(descriptor),
+                    )
+            self._push(f"DELETE {unused}".encode())
+
+    def _delete_deferred(self) -> None:
+        """Delete what neoppod, which puts it off, had no time to delete (6.5)."""
+        count = 0
+        while True:
+            self.begin(durable=False)
+            try:
+                ids = self.fetch(
+                    "SELECT data_id FROM todel ORDER BY 1 LIMIT ?", (PAGE,)
+                )
+                if ids:
+                    self._prune(data_id for (data_id,) in ids)
+                    self.execute("DELETE FROM todel WHERE data_id <= ?", ids[-1])
+            except BaseException:
+                self.rollback()
+                raise
+            self.commit()
+            count += len(ids)
+            if len(ids) < PAGE:
+                break
+        if count:
+            log.info("deferred deletion: %d values", count)
