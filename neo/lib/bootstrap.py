@@ -21,7 +21,7 @@ from .protocol import (
     RequestIdentification,
     WireAddress,
 )
-from .runtime import Runtime
+from .runtime import RECONNECTION_DELAY, Runtime
 from .util import Address, format_address
 
 # Arguments of RequestIdentification.
@@ -95,7 +95,10 @@ class Bootstrap(Handler):
         if address not in self._tried:
             self._tried.append(address)
         self.trying = address
-        self.conn = self.runtime.connect(address, self)
+        conn = self.conn = self.runtime.connect(address, self)
+        # The throttle may defer the attempt; then the other machine may be silent.
+        limit = RECONNECTION_DELAY + self.timeout
+        self.runtime.call_later(limit, lambda: self._unreachable(conn))
 
     # --- events -----------------------------------------------------------------------
 
@@ -103,6 +106,10 @@ class Bootstrap(Handler):
         conn.ask(RequestIdentification, *self.identity())
         conn.trust()
         self.runtime.call_later(self.timeout, lambda: self._expired(conn))
+
+    def _unreachable(self, conn: Connection) -> None:
+        if conn is self.conn and not conn.is_established:
+            conn.close("no connection in time")
 
     def _expired(self, conn: Connection) -> None:
         if conn.handler is self:

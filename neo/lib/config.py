@@ -237,6 +237,12 @@ class Limits:
         "Take a storage for dead that does not lock a voted transaction, or does not "
         "get ready, within this time, if the cluster can run without it.",
     )
+    absence_limit: float = _limit(
+        5,
+        "M",
+        "After the loss of the primary, start without storages that are absent for so "
+        "long, if the others have all data; 12 times as long if the primary may live.",
+    )
     lease: float = _limit(
         60,
         "S",

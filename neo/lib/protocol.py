@@ -972,9 +972,13 @@ FEATURE_SIZE = b"size"
 # transaction. It is refused with INCOMPLETE_TRANSACTION, without effect, as long as a
 # store or a check waits, or is in conflict: the client then resolves, and votes again.
 FEATURE_EARLY_VOTE = b"early-vote"
+# Between a storage and its master: a transaction that others wait for too long is
+# dropped by the master, which says so to all storages. What its client still asks is
+# refused with INCOMPLETE_TRANSACTION.
+FEATURE_LEASE = b"lease"
 
 
-@packet(0x7000, "S -> C")
+@packet(0x7000, "S -> C, M -> S")
 def NotifyFeatures(features: Sequence[bytes]) -> None:
     """What the sender offers beyond protocol 5; right after AcceptIdentification."""
 
@@ -987,3 +991,8 @@ def AnswerSize(size: Annotated[int, Check("v >= 0")]) -> None:
 @packet(0x7001, "C -> S", AnswerSize)
 def AskSize() -> None:
     """Ask for the size of the database (feature `size`)."""
+
+
+@packet(0x7002, "S -> M, M -> S")
+def NotifyStalledTransaction(ttid: Tid) -> None:
+    """Others wait for a transaction whose client does nothing (feature `lease`)."""

@@ -122,12 +122,16 @@ class Master:
         # When the primary role was taken, as compared in elections.
         self.election_time = 0.0
         # May the cluster start without all nodes that it had? `forced`: the word of an
-        # administrator. Else it is because nobody else can have run the cluster since
-        # we lost operation; but then storages that missed a commit are not enough:
-        # they need at least this version of the table.
+        # administrator. Else it is because we lost operation, and nobody else can have
+        # run the cluster since then: all other masters still follow us, on the
+        # connections that they had. But then storages that missed a commit are not
+        # enough: they need at least this version of the table.
         self.startup_allowed = False
         self.startup_forced = False
+        self.followers: dict[Node, Connection] = {}
         self.committed_ptid = 0
+        # Did the cluster run just before, under us or the primary that we followed?
+        self.was_running = False
         self.known_ptid = 0  # the greatest of all: if there is one, a database exists
         # Tid after which a pending truncation removes all.
         self.truncate_tid: bytes | None = None
@@ -170,6 +174,7 @@ class Master:
         """Take the primary role, until an election says otherwise."""
         self.election_time = self.timestamp()
         self.startup_allowed = self.startup_forced = False
+        self.followers = {}
         self.committed_ptid = self.known_ptid = 0
         self.truncate_tid = None
         self._enter(Recovering(self))
@@ -400,6 +405,11 @@ class Master:
         assert pt.ptid is not None
         ptid = pt.ptid + 1
         complete = self._complete()
+        # What only makes cells readable that were there takes nothing from anybody.
+        changes_who_is_needed = any(
+            state not in READABLE or pt.state(partition, nid) is None
+            for partition, nid, state in cells
+        )
         pt.update(ptid, replicas, cells)
         self.known_ptid = ptid
         for partition, nid, state in cells:
@@ -412,6 +422,8 @@ class Master:
             node.connection.notify_encoded(
                 NotifyPartitionChanges, tail, ptid, replicas, cells
             )
+        if changes_who_is_needed:
+            self.primary.table_changed()
         if complete and not self._complete():
             self.log.warning("partition table %d: some cells are out of date", ptid)
 
@@ -433,6 +445,8 @@ class Master:
 
     def tell_replicated(self) -> None:
         """Make up to date what has finished its replication."""
+        if self.transactions.settling.owing:
+            return  # told when the present table is settled
         done, self._replicated = self._replicated, {}
         cells: list[policy.Cell] = []
         for partition, nid in done.items():
@@ -464,20 +478,30 @@ class Master:
         self.transactions.reset()
         self.packs.reset()
 
-    def leave_operation(self, truncate: bytes | None = None) -> None:
+    def leave_operation(
+        self, truncate: bytes | None = None, replaced: bool = False
+    ) -> None:
         """Go back to recovery: a partition is not readable, or `truncate` is asked.
 
         Storages and clients are told, clients disconnected; transactions are left to
         the verification. It starts again by itself, except for a truncation.
+        `replaced`: perhaps another master runs the cluster meanwhile.
         """
-        self.log.warning(
-            "the cluster is not operational any more: %s",
-            f"truncation to {truncate.hex()}" if truncate else "storages are missing",
-        )
+        if truncate is not None:
+            reason = f"truncation to {truncate.hex()}"
+        elif replaced:
+            reason = "storages and a master are silent, it may be the primary now"
+        else:
+            reason = "storages are missing"
+        self.log.warning("the cluster is not operational any more: %s", reason)
         # Pending until all have done it, whatever happens meanwhile.
         self.truncate_tid = truncate or self.truncate_tid
-        self.startup_allowed = self.truncate_tid is None
+        self.startup_allowed = self.truncate_tid is None and not replaced
         self.startup_forced = False
+        self.followers = {
+            node: node.connection for node in self.nodes.identified(NodeType.MASTER)
+        }
+        self.was_running = self.was_running or self.primary.operational
         changed = []
         for node in self.nodes.identified(NodeType.STORAGE):
             node.connection.notify(StopOperation)

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from neo.lib.connection import Connection
+from neo.lib.connection import Connection, Reply
 from neo.lib.handler import Refused
-from neo.lib.protocol import ErrorCode, Oid, Pack, Tid
+from neo.lib.protocol import AnswerLastTransaction, ErrorCode, Oid, Pack, Pong, Tid
 
 from .phase import Identified
+
+if TYPE_CHECKING:
+    from .app import Master
+    from .authority import Authority
 
 READ_ONLY = "the client said that it only reads"
 
 
 class ReadOnlyClient(Identified):
     """A client that only reads: what writes is refused, the connection kept."""
+
+    def __init__(self, master: Master, authority: Authority) -> None:
+        super().__init__(master)
+        self.authority = authority
+
+    def ping(self, conn: Connection) -> None:
+        """A client that synchronises has all invalidations when it gets the answer."""
+        if self.authority.holds():
+            conn.answer(Pong)
+        else:
+            self.authority.when_sure(conn, lambda reply: reply.answer(Pong))
+
+    def ask_last_transaction(self, conn: Connection) -> None:
+        def answer(reply: Reply) -> None:
+            reply.answer(AnswerLastTransaction, self.master.transactions.last_tid)
+
+        if self.authority.holds():
+            answer(conn.defer())
+        else:
+            self.authority.when_sure(conn, answer)
 
     def ask_pack_orders(self, conn: Connection, pack_id: Tid) -> None:
         self.master.packs.ask(conn, pack_id, first_approved=False)

@@ -24,6 +24,7 @@ from neo.lib.protocol import (
     RequestIdentification,
     WireAddress,
 )
+from neo.lib.runtime import RECONNECTION_DELAY
 from neo.lib.util import Address, format_address
 
 from .phase import Claim, Phase
@@ -50,6 +51,20 @@ class MasterLink(Handler):
         super().__init__()
         self.master = master
         self.time = time
+
+    def connect(self, address: Address) -> Connection:
+        """Open such a connection; given up if the other machine is silent."""
+        runtime = self.master.runtime
+        conn = runtime.connect(address, self)
+
+        def tick() -> None:
+            if not (conn.is_established or conn.closed):
+                conn.close("no connection in time")
+
+        # The throttle may defer the attempt.
+        limit = RECONNECTION_DELAY + self.master.limits.master_timeout
+        runtime.call_later(limit, tick)
+        return conn
 
     def connected(self, conn: Connection) -> None:
         master = self.master
@@ -135,6 +150,8 @@ class Election:
     def __init__(self, master: Master) -> None:
         self.master = master
         self.links: dict[Node, Connection] = {}
+        # Masters at whose address nobody listens: they don't run.
+        self.dead: dict[Node, None] = {}
         self.active = False
         self.candidate = Candidate(self)
 
@@ -164,13 +181,17 @@ class Election:
             and node.address is not None
             and node not in self.links
         ):
-            self.links[node] = self.master.runtime.connect(node.address, self.candidate)
+            self.links[node] = self.candidate.connect(node.address)
 
     def link_lost(self, conn: Connection) -> None:
         """A connection that we opened is no more."""
         for node, link in list(self.links.items()):
             if link is conn:
                 del self.links[node]
+                if conn.is_established or "refused" not in conn.reason:
+                    self.dead.pop(node, None)
+                else:
+                    self.dead[node] = None
                 if self.active:
                     self._try(node)
 
@@ -237,7 +258,7 @@ class Secondary(Phase):
         self.master.log.info(
             "trying master %s as primary", format_address(self.primary.address)
         )
-        self.conn = self.master.runtime.connect(self.primary.address, self.searching)
+        self.conn = self.searching.connect(self.primary.address)
 
     def switch(self, primary: Node) -> None:
         """Try another master as primary."""
@@ -261,6 +282,7 @@ class Secondary(Phase):
         self.identified = True
         self.following.first = True
         self.failed.clear()
+        master.was_running = False  # until it says so
         conn.set_node(self.primary)
         conn.handler = self.following
         conn.watch_silence(master.limits.ping_after, master.limits.silence_limit)
@@ -377,6 +399,8 @@ class _Following(Handler):
 
     def notify_cluster_information(self, conn: Connection, state: ClusterState) -> None:
         self.master.log.info("the cluster is %s", state)
+        if state is ClusterState.RUNNING:
+            self.master.was_running = True
         if state is ClusterState.STOPPING:
             self.master.end("the cluster stops")
 

@@ -213,6 +213,11 @@ class PrimaryPhase(Phase):
     def dismissed_left(self) -> None:
         """The last of the nodes that were told to exit has done so."""
 
+    # --- the partition table ---
+
+    def table_changed(self) -> None:
+        """Cells were assigned, or are less readable than before; storages are told."""
+
     # --- transactions ---
 
     def lock_awaited(self) -> None:

@@ -6,6 +6,7 @@ Source: behaviour 2.4. The election takes place meanwhile (election.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from neo.lib.connection import Connection
@@ -19,6 +20,7 @@ from neo.lib.protocol import (
     ClusterState,
     NodeState,
     NodeType,
+    Ping,
     Ptid,
     Rows,
     SendPartitionTable,
@@ -35,6 +37,11 @@ from .verification import Verifying
 
 if TYPE_CHECKING:
     from .app import Master
+
+
+# By how much a master that may live makes the wait for storages longer.
+SILENT_MASTER = 12.0
+LOOK_AGAIN = 0.5  # seconds
 
 
 class Answer(NamedTuple):
@@ -64,6 +71,11 @@ class Recovering(PrimaryPhase):
         self.loaded = False
         self.backup_tid: bytes | None = None
         self.awaited = ""  # what for, as told to people
+        # Masters that have not confirmed yet, since the last storage came, that they
+        # follow us.
+        self._unsure: dict[Connection, None] | None = None
+        self._enough_since: float | None = None  # storages to go on without the others
+        self._will_look = False
 
     def enter(self) -> None:
         master = self.master
@@ -124,6 +136,7 @@ class Recovering(PrimaryPhase):
             conn.notify(SendPartitionTable, pt.ptid, pt.replicas, pt.as_rows())
         elif node.type is NodeType.STORAGE:
             master.watch(conn)
+            self._unsure = None
             self._ask(node)
             self.advance()
 
@@ -297,18 +310,87 @@ class Recovering(PrimaryPhase):
                     f", for partition {partition}"
                 )
         readable = pt.readable_nids()
-        if master.startup_forced or (
-            master.startup_allowed and (pt.ptid or 0) >= master.committed_ptid
-        ):
-            return [pending[nid] for nid in readable if nid in pending]
         wanted = pt.nids() if master.truncate_tid is not None else readable
         missing = [nid for nid in wanted if nid not in pending]
-        if missing:
-            return (
-                f"{', '.join(map(self._describe, missing))}, which may have newer data"
-                " (or for an administrator to start the cluster without)"
-            )
-        return [pending[nid] for nid in wanted]
+        if not missing:
+            return [pending[nid] for nid in wanted]
+        present = [pending[nid] for nid in readable if nid in pending]
+        if master.startup_forced:
+            return present
+        if (pt.ptid or 0) >= master.committed_ptid and (
+            (master.startup_allowed and self._ran_alone())
+            or (master.truncate_tid is None and self._waited_enough(pending))
+        ):
+            return present
+        return (
+            f"{', '.join(map(self._describe, missing))}, which may have newer data"
+            " (or for an administrator to start the cluster without)"
+        )
+
+    def _others(self) -> list[Node]:
+        master = self.master
+        return [
+            node
+            for node in master.nodes.of_type(NodeType.MASTER)
+            if node is not master.node
+        ]
+
+    def _ran_alone(self) -> bool:
+        """Have all other masters followed us since we lost operation?
+
+        What they say proves it for the time before. A storage that is here when they
+        say so is missed by whoever runs the cluster later.
+        """
+        followers = self.master.followers
+        for node in self._others():
+            if node.connection is None or node.connection is not followers.get(node):
+                return False
+        if self._unsure is None:
+            self._unsure = {node.connection: None for node in self._others()}
+            for conn in self._unsure:
+                conn.ask(Ping).then(partial(self._follows, self._unsure, conn))
+        return not self._unsure
+
+    def _follows(self, unsure: dict[Connection, None], conn: Connection) -> None:
+        del unsure[conn]
+        if unsure is self._unsure and self.master.phase is self:
+            self.advance()
+
+    def _waited_enough(self, pending: Mapping[int | None, Node]) -> bool:
+        """May those that are here go on without the others, now? See settling.py.
+
+        The others can't have gone on alone. Whoever stops the cluster as a whole wants
+        to find it as it was: then there is no hurry, and we wait.
+        """
+        master = self.master
+        enough = (
+            master.was_running
+            and not self.asked
+            and any(all(nid in pending for nid in row) for row in master.pt.rows)
+        )
+        now = master.runtime.monotonic()
+        if not enough:
+            self._enough_since = None
+            return False
+        limit = master.limits.absence_limit
+        if any(
+            node.connection is None and node not in self.election.dead
+            for node in self._others()
+        ):
+            limit *= SILENT_MASTER
+        if self._enough_since is None:
+            self._enough_since = now
+        if now - self._enough_since >= limit:
+            return True
+        if not self._will_look:
+            self._will_look = True
+            master.runtime.call_later(LOOK_AGAIN, self._look_again)
+        return False
+
+    def _look_again(self) -> None:
+        self._will_look = False
+        if self.master.phase is self:
+            self.advance()
 
     def _describe(self, nid: int) -> str:
         node = self.master.nodes.by_nid(nid)

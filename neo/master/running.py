@@ -24,6 +24,7 @@ from neo.lib.protocol import (
     Tid,
 )
 
+from .authority import Authority
 from .clients import Client, ReadOnlyClient
 from .phase import PrimaryPhase, Storage
 
@@ -45,21 +46,29 @@ class Running(PrimaryPhase):
     def __init__(self, master: Master) -> None:
         super().__init__(master)
         self.storage: Handler = OperatingStorage(master)
-        self.client: Handler = Client(master)
-        self.read_only: Handler = ReadOnlyClient(master)
+        self.authority = Authority(master, self._goes_on, self._replaced)
+        self.client: Handler = Client(master, self.authority)
+        self.read_only: Handler = ReadOnlyClient(master, self.authority)
         self.watchdog: Timer | None = None
 
     def enter(self) -> None:
         master = self.master
         self.take_storages()
         master.tell_state()
+        self.authority.start()
         for node in master.nodes.identified(NodeType.STORAGE):
             if node.state is NodeState.RUNNING:
                 self.start_storage(node)
+        self.table_changed()
 
     @property
     def operational(self) -> bool:
         return True
+
+    def table_changed(self) -> None:
+        if len(self.master.nodes.of_type(NodeType.MASTER)) > 1:
+            self.master.transactions.settling.table_changed()
+            self._watch_soon()
 
     def start_storage(self, node: Node) -> None:
         """Let a RUNNING storage serve; it will say when it is ready."""
@@ -78,7 +87,10 @@ class Running(PrimaryPhase):
     def joined(self, node: Node, conn: Connection) -> None:
         master = self.master
         pt = master.pt
-        if node.type is not NodeType.MASTER:
+        if node.type is NodeType.MASTER:
+            conn.notify(NotifyClusterInformation, self.state)
+            self.table_changed()
+        else:
             conn.notify(SendPartitionTable, pt.ptid, pt.replicas, pt.as_rows())
         if node.type is NodeType.CLIENT:
             master.transactions.client_joined(node, conn, "backup" in node.extra)
@@ -104,6 +116,13 @@ class Running(PrimaryPhase):
 
     def client_lost(self, node: Node) -> None:
         self.master.transactions.client_lost(node)
+
+    def _replaced(self) -> None:
+        """The storages that are needed, and a master, are silent since long."""
+        if self.master.phase is self:
+            self.master.leave_operation(replaced=True)
+        else:
+            self.master.end("the storages are silent")
 
     # --- storages that make the others wait -------------------------------------------
 
@@ -145,7 +164,8 @@ class Running(PrimaryPhase):
             delay = max(0.0, deadline - master.runtime.monotonic())
         else:
             # A transaction that became the first to be late meanwhile arms it again.
-            if master.transactions.queue or master.transactions.starting:
+            transactions = master.transactions
+            if transactions.queue or transactions.starting:
                 delay = limit
             else:
                 return
@@ -189,6 +209,10 @@ class Stopping(PrimaryPhase):
     @property
     def operational(self) -> bool:
         return self.running is not None
+
+    def table_changed(self) -> None:
+        if self.running is not None:
+            self.running.table_changed()
 
     def lock_awaited(self) -> None:
         if self.running is not None:
@@ -257,6 +281,9 @@ class OperatingStorage(Storage):
             conn.notify(NotifyPackSigned, approved, rejected)
         master.log.info("%s is ready", node)
         master.transactions.storage_ready(node)
+
+    def notify_stalled_transaction(self, conn: Connection, ttid: Tid) -> None:
+        self.master.transactions.stalled(conn, ttid)
 
     def answer_information_locked(self, conn: Connection, ttid: Tid) -> None:
         self.master.transactions.locked(conn, ttid)

@@ -35,12 +35,14 @@ from neo.lib.protocol import (
     ErrorCode,
     InvalidateObjects,
     InvalidatePartitions,
+    NotifyStalledTransaction,
     NotifyTransactionFinished,
     NotifyUnlockInformation,
     Pack,
 )
 from neo.lib.util import add_tid, p64, u64
 
+from .settling import Settling
 from .tid import clock_tid, final_tid, next_tid
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ ID_GAP = 1 << 32
 NEW_OIDS_MAX = 1 << 16
 # Requests that wait; beyond, clients are told to come again later.
 PARKED_MAX = 100_000
+# Transactions that are remembered as dropped.
+EXPIRED_MAX = 1000
 
 
 class Transaction:
@@ -125,10 +129,12 @@ class Transactions:
         self.log = master.runtime.log
         self._offset = self.runtime.now() - self.runtime.monotonic()
         self._given = ZERO_TID  # the greatest id that was made, for as long as we live
+        self.settling = Settling(master, self._settled)
         self.reset()
 
     def reset(self) -> None:
         """Forget all: the operation is over (the peers know)."""
+        self.settling.reset()
         self.last_tid = ZERO_TID  # committed
         self.last_oid = ZERO_OID
         self.first_tid = MAX_TID
@@ -143,6 +149,8 @@ class Transactions:
         self.rank = 0
         self.starting: dict[Node, float] = {}  # since when (monotonic)
         self.stopping = False  # nothing begins any more
+        # Dropped because others waited for them: their clients may not know it.
+        self.expired: dict[bytes, Node | None] = {}
         self._imposed: Transaction | None = None  # in its first phase
         self._begins: deque[tuple[Reply, bytes | None]] = deque()
         self._votes: list[tuple[Reply, Transaction, dict[int, None]]] = []
@@ -166,6 +174,7 @@ class Transactions:
         self.starting.pop(node, None)
         nid = node.nid
         assert nid is not None
+        self.settling.storage_lost(node)
         if self.ready.pop(nid, None) is not None:
             for transaction in self.queue:
                 if nid in transaction.waiting:
@@ -175,6 +184,11 @@ class Transactions:
             self._unlock()
         self._retry_begins()
         self._retry_votes()
+
+    def _settled(self) -> None:
+        """The partition table is on the disks: what waited for that goes on."""
+        self._unlock()
+        self.master.tell_replicated()
 
     def client_joined(self, node: Node, conn: Connection, backup: bool) -> None:
         (self.backups if backup else self.clients)[node] = conn
@@ -311,6 +325,10 @@ class Transactions:
 
     def _first_phase(self, conn: Connection, ttid: bytes) -> Transaction:
         transaction = self.in_progress.get(ttid)
+        if ttid in self.expired and self.expired[ttid] is conn.node:
+            raise Refused(
+                ErrorCode.INCOMPLETE_TRANSACTION, "others waited for it: aborted"
+            )
         if transaction is None or transaction.client is not conn.node:
             raise ProtocolError(f"unknown transaction {ttid.hex()}")
         if transaction.tid is not None:
@@ -356,10 +374,10 @@ class Transactions:
     def _retry_votes(self) -> None:
         votes, self._votes = self._votes, []
         for reply, transaction, failed in votes:
-            if (
-                reply.closed
-                or self.in_progress.get(transaction.ttid) is not transaction
-            ):
+            if reply.closed:
+                continue
+            if self.in_progress.get(transaction.ttid) is not transaction:
+                reply.error(ErrorCode.INCOMPLETE_TRANSACTION)
                 continue
             failed = self._took_part(transaction, failed)
             if not self._arbitrate(reply, transaction, failed):
@@ -374,6 +392,30 @@ class Transactions:
             raise ProtocolError(f"transaction {ttid.hex()} is being finished")
         self._drop(transaction, nids)
         self._ended()
+
+    def stalled(self, conn: Connection, ttid: bytes) -> None:
+        """NotifyStalledTransaction: others wait for a client that does nothing.
+
+        It may still be about to write to storages that forget the transaction now:
+        these refuse that, and what it asks here is refused, too.
+        """
+        transaction = self.in_progress.get(ttid)
+        if transaction is None:
+            conn.notify(AbortTransaction, ttid, ())
+        elif transaction.tid is None:
+            self.log.warning("%r: others wait, its client stalls: aborted", transaction)
+            self.expired[ttid] = transaction.client
+            if len(self.expired) > EXPIRED_MAX:
+                del self.expired[next(iter(self.expired))]
+            others = []
+            for nid, (_, storage) in self.ready.items():
+                node = storage.node
+                if node is not None and "features" in node.extra:
+                    storage.notify(NotifyStalledTransaction, ttid)
+                else:
+                    others.append(nid)
+            self._drop(transaction, others)
+            self._ended()
 
     def _drop(self, transaction: Transaction, nids: Sequence[int]) -> None:
         """Abort: tell these storages, and those that wait for its end."""
@@ -500,7 +542,7 @@ class Transactions:
     def _unlock(self) -> None:
         """Commit what is locked at the head of the queue."""
         queue = self.queue
-        while queue and not queue[0].waiting:
+        while queue and not (queue[0].waiting or self.settling.owing):
             transaction = queue.popleft()
             self._forget(transaction)
             self._commit(transaction)
@@ -554,8 +596,9 @@ class Transactions:
         conn.answer(AnswerUnfinishedTransactions, self.last_tid, list(self.in_progress))
 
     def late(self, now: float, limit: float) -> tuple[list[int], float | None]:
-        """Nids that owe a lock or their readiness since `limit` seconds, and when the
-        next ones will be late (monotonic time; None: nobody owes anything).
+        """Nids that owe a lock, their readiness or the confirmation of a table since
+        `limit` seconds, and when the next ones will be late (monotonic time; None:
+        nobody owes anything).
         """
         nids: dict[int, None] = {}
         deadline = None
@@ -565,7 +608,7 @@ class Transactions:
                     deadline = transaction.since + limit
                     break
                 nids.update(transaction.waiting)
-        for node, since in self.starting.items():
+        for node, since in (*self.starting.items(), *self.settling.owing.items()):
             if since + limit <= now:
                 assert node.nid is not None
                 nids[node.nid] = None
@@ -604,4 +647,7 @@ class Transactions:
             assert client in self.clients or not mine, client
             for ttid, transaction in mine.items():
                 assert self.in_progress.get(ttid) is transaction, transaction
-        assert not self.queue or self.queue[0].waiting, self.queue
+        assert (
+            not self.queue or self.queue[0].waiting or self.settling.owing
+        ), self.queue
+        assert all(node.connection is not None for node in self.settling.owing)

@@ -22,6 +22,7 @@ from neo.lib.protocol import (
     ClusterState,
     ErrorCode,
     FailedVote,
+    NodeType,
     NotifyPackCompleted,
     NotifyReplicationDone,
     WaitForPack,
@@ -554,3 +555,44 @@ def test_restart_with_data() -> None:
     world.running()
     client = world.client("C1")
     assert world.call(client, AskLastIDs) == (last, p64(7), last)
+
+
+def test_commits_wait_for_the_table_to_settle() -> None:
+    """Else a new primary could go on without the storage that alone has one."""
+    world = World(masters=2, replicas=1, autostart=3)
+    world.storages("S1", "S2", "S3")
+    world.running()
+    world.until(lambda: len(world.master.nodes.identified(NodeType.MASTER)) == 1)
+    client = world.client("C1")
+    commit(world, client, 0, 1)
+    world.storage("S3").hold.add("AskPackOrders")
+    world.sim.crash("S2")
+    world.settle()
+    assert "O" in world.table
+    outcome = finish(world, client, begin(world, client), 0)
+    world.settle(5)
+    assert not outcome.over
+    assert all("AskLockInformation" in world.storage(s).names for s in ("S1", "S3"))
+    world.storage("S3").release("AskPackOrders")
+    world.until(lambda: outcome.over)
+    assert outcome.answer is not None
+
+
+@pytest.mark.parametrize("held", [1, 3])
+def test_who_does_not_confirm_the_table(held: int) -> None:
+    """It is disconnected, if the cluster can run without it; else it is awaited."""
+    world = World(masters=2, replicas=2 if held == 3 else 1, autostart=3)
+    world.storages("S1", "S2", "S3")
+    world.running()
+    world.until(lambda: len(world.master.nodes.identified(NodeType.MASTER)) == 1)
+    client = world.client("C1")
+    world.storage(f"S{held}").hold.add("AskPackOrders")
+    world.sim.crash("S2")
+    world.settle()
+    outcome = finish(world, client, begin(world, client), 0)
+    world.settle(20)
+    assert outcome.over == (held == 3)
+    world.start_storage("S2")
+    world.storage(f"S{held}").release("AskPackOrders")
+    world.until(lambda: outcome.over)
+    assert outcome.answer is not None

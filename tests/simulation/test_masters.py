@@ -1,0 +1,243 @@
+"""Masters under failure: takeover, silence, splits, clocks, stops (testing.md 9)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from neo.lib.protocol import ClusterState
+from tests.history import OK
+from tests.simulation.cluster import Shape
+from tests.simulation.test_cluster import World
+
+STANDARD = Shape(masters=2, storages=3, replicas=1, partitions=12, clients=2, admins=1)
+
+
+def world_of(shape: Shape = STANDARD) -> World:
+    """A running cluster whose clients are not too busy: much time passes here."""
+    world = World(shape)
+    world.tokens.think = 0.1
+    world.commits(10)
+    return world
+
+
+def primary_of(world: World) -> str:
+    """Name of the primary."""
+    primary = world.cluster.primary
+    assert primary is not None
+    return next(
+        name for name in world.cluster.masters if world.sim.app(name) is primary
+    )
+
+
+def gap(world: World, since: float) -> float:
+    """Longest time without a commit since then, until now."""
+    ends = sorted(
+        a.end for a in world.tokens.attempts if a.outcome == OK and a.end >= since
+    )
+    times = [since, *ends, world.sim.time]
+    return max(b - a for a, b in pairwise(times))
+
+
+def running_masters(world: World) -> list[str]:
+    """Those that think that they run the cluster."""
+    return [
+        name
+        for name in world.cluster.masters
+        if (app := world.sim.app(name)) is not None
+        and not world.cluster.process(name).paused
+        and world.cluster.state_of(app) is ClusterState.RUNNING
+    ]
+
+
+# --- the primary dies -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_takeover(power: bool) -> None:
+    """Row 4. When the machine dies, its silence must be noticed first."""
+    world = world_of()
+    for _ in range(4):
+        world.commits(10)
+        name = primary_of(world)
+        since = world.sim.time
+        world.cluster.crash(name, power)
+        world.commits(20)
+        assert gap(world, since) <= (15 if power else 1.5), since
+        world.cluster.restart(name)
+        world.sim.run(1)
+    world.audit()
+
+
+def test_sole_master_restarts() -> None:
+    """Row 5."""
+    world = world_of(Shape(storages=3, replicas=1, partitions=12, clients=3))
+    rng = world.sim.rng("faults")
+    for _ in range(10):
+        world.sim.run(rng.random())
+        world.cluster.crash("m0")
+        world.sim.run(rng.random() * 3)
+        world.cluster.restart("m0")
+        since = world.sim.time
+        world.commits(10)
+        assert gap(world, since) <= 2, since
+    world.audit()
+
+
+def test_paused_primary() -> None:
+    """Row 10: replaced; when it goes on, it steps down and acknowledges nothing."""
+    world = world_of()
+    name = primary_of(world)
+    since = world.sim.time
+    world.sim.pause(name)
+    world.commits(20)
+    world.sim.run(since + 60 - world.sim.time)
+    assert gap(world, since) <= 15
+    world.sim.resume(name)
+    since = world.sim.time
+    world.sim.run(5)
+    assert gap(world, since) <= 1
+    assert running_masters(world) == [m for m in world.cluster.masters if m != name]
+    world.audit()
+
+
+def test_paused_storage() -> None:
+    """Row 9: expelled; when it goes on, it notices and catches up."""
+    for seconds in 15, 40:
+        world = world_of()
+        since = world.sim.time
+        world.sim.pause("s1")
+        world.sim.run(seconds)
+        assert gap(world, since) <= 15
+        world.sim.resume("s1")
+        since = world.sim.time
+        world.sim.run_until(lambda w=world: w.cluster.healthy, 10)
+        assert gap(world, since) <= 1
+        world.audit()
+
+
+def test_paused_storage_that_is_indispensable() -> None:
+    """Row 9: nobody is expelled, all goes on when the storage does."""
+    world = world_of(Shape(masters=2, storages=2, partitions=2, clients=2))
+    world.sim.pause("s1")
+    world.sim.run(60)
+    world.sim.resume("s1")
+    since = world.sim.time
+    world.commits(10)
+    assert gap(world, since) <= 5
+    world.audit()
+
+
+# --- links ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pair", ["ps", "sp", "pp2", "p2p", "pc", "cp"], ids=lambda pair: pair
+)
+def test_silent_link(pair: str) -> None:
+    """Row 15, for the links of the primary, each direction."""
+    world = world_of()
+    primary = primary_of(world)
+    other = next(name for name in world.cluster.masters if name != primary)
+    names = {"ps": (primary, "s1"), "pp2": (primary, other), "pc": (primary, "c1")}
+    src, dst = names.get(pair) or {
+        "sp": ("s1", primary), "p2p": (other, primary), "cp": ("c1", primary)
+    }[pair]  # fmt: skip
+    since = world.sim.time
+    world.sim.clog(src, dst)
+    world.sim.run(30)
+    world.sim.unclog(src, dst)
+    assert gap(world, since) <= 15
+    world.sim.run(5)
+    assert gap(world, since) <= 15
+    world.audit()
+
+
+SPLITS = [
+    (["p", "s0", "s1"], ["o", "s2"]),
+    (["p", "s0", "s2"], ["o", "s1"]),
+    (["p", "s1", "s2"], ["o", "s0"]),
+    (["p", "s0"], ["o", "s1", "s2"]),
+    (["p", "s1"], ["o", "s0", "s2"]),
+    (["p", "s2"], ["o", "s0", "s1"]),
+    (["p"], ["o", "s0", "s1", "s2"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("side", "rest"), SPLITS, ids=["".join(side) for side, _ in SPLITS]
+)
+@pytest.mark.parametrize("clients", ["side", "rest"])
+def test_split(side: list[str], rest: list[str], clients: str) -> None:
+    """Row 17: at most one side goes on."""
+    world = world_of()
+    primary = primary_of(world)
+    other = next(name for name in world.cluster.masters if name != primary)
+    names = {"p": primary, "o": other}
+    sides = [[names.get(name, name) for name in group] for group in (side, rest)]
+    sides[clients == "rest"] += ["c0", "c1", "a0"]
+    since = world.sim.time
+    world.sim.partition(*sides)
+    world.sim.run(20)
+    for _ in range(10):
+        world.sim.run(2)
+        expected = {
+            3: [primary],  # the primary with all partitions
+            2: [],
+            1: [other],  # all storages are on the other side
+        }[len(side)]
+        assert running_masters(world) == expected
+    if expected == [primary if clients == "side" else other]:
+        assert gap(world, since) <= 15
+    world.sim.heal()
+    since = world.sim.time
+    world.commits(10)
+    assert gap(world, since) <= 15
+    world.audit()
+
+
+def test_machine_of_the_primary_and_a_storage_dies() -> None:
+    """Who is left has all data: it goes on without an operator (P16)."""
+    for silent, limit in (False, 8), (True, 80):
+        world = world_of()
+        since = world.sim.time
+        world.cluster.crash(primary_of(world), silent)
+        world.cluster.crash("s1", silent)
+        world.commits(10, 100)
+        assert gap(world, since) <= limit
+        world.cluster.restart()
+        world.audit()
+
+
+def test_two_storages_one_machine_dies() -> None:
+    """The other storage can't know what was committed without it: it waits."""
+    world = world_of(Shape(masters=2, storages=2, replicas=1, clients=2))
+    world.cluster.crash(primary_of(world))
+    world.cluster.crash("s1")
+    world.sim.run(100)
+    assert running_masters(world) == []
+    world.cluster.restart("s1")
+    world.commits(10)
+    world.cluster.restart()
+    world.audit()
+
+
+@pytest.mark.parametrize("touches", ["s0", "s1", "s2"])
+def test_nothing_is_acknowledged_that_the_others_miss(touches: str) -> None:
+    """The primary is cut off with one storage, then both die; the others go on.
+
+    The primary notices the silence of one of the others first, and goes on without; it
+    acknowledges nothing as long as the last one doesn't know that.
+    """
+    world = world_of()
+    primary = primary_of(world)
+    side = [primary, touches, *world.cluster.clients]
+    world.sim.partition(side, [n for n in world.cluster.nodes if n not in side])
+    world.sim.run(14)
+    world.cluster.crash(primary)
+    world.cluster.crash(touches)
+    world.sim.heal()
+    world.commits(10)
+    world.cluster.restart()
+    world.audit()
