@@ -479,7 +479,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         assert not version, "versions are not supported"
         txn = self._transaction_of(transaction)
         record = NO_DATA if data is None else compress_data(data, self._level)
-        with self._runtime:
+        with self._runtime.gathering:
             txn.store(oid, serial or ZERO_TID, data, record)
         if txn.conflicts or txn.locked:
             self._resolve(txn)
@@ -488,7 +488,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See IExternalGC."""
         self._check_writable()
         txn = self._transaction_of(transaction)
-        with self._runtime:
+        with self._runtime.gathering:
             txn.store(oid, serial, None, NO_DATA, deleted=True)
 
     def checkCurrentSerialInTransaction(
@@ -497,7 +497,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See ReadVerifyingStorage: a conflict surfaces at vote."""
         self._check_writable()
         txn = self._transaction_of(transaction)
-        with self._runtime:
+        with self._runtime.gathering:
             txn.check_current(oid, serial)
 
     def restore(
@@ -516,7 +516,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         record = NO_DATA if data is None else compress_data(data, self._level)
         number = u64(oid)
         base = self._imported.get(number) if number < 1 << 63 else None
-        with self._runtime:
+        with self._runtime.gathering:
             data_serial = None
             if prev_txn is not None and data is not None:
                 with contextlib.suppress(KeyError):
@@ -614,7 +614,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             elif data is None:
                 data_serial = None
             record = NO_DATA if data is None else compress_data(data, self._level)
-            with self._runtime:
+            with self._runtime.gathering:
                 txn.store(oid, current, data, record, data_serial)
         self._wait_stores(txn)
         return None, list(plan)
@@ -676,6 +676,7 @@ class _Unlocked:
 
     def __init__(self, runtime: ClientRuntime) -> None:
         self.runtime = runtime
+        self.gathering = self
 
     def __enter__(self) -> None:
         """Nothing to take."""

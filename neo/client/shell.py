@@ -41,7 +41,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import count
-from types import TracebackType
 from typing import Any
 
 from neo.lib.connection import Connection
@@ -53,6 +52,7 @@ from neo.lib.tls import TLS
 from neo.lib.transport import CHUNK, DRAIN, SocketTransport
 from neo.lib.util import Address
 
+BATCH = 32 << 10  # bytes queued by objects stored one by one before they are sent
 IDLE_CHECK = 1.0  # seconds between looks at connections that nobody reads
 LAZY = 0.02  # between two reads, by the background thread, of a busy storage
 MSG_DONTWAIT = socket.MSG_DONTWAIT
@@ -186,6 +186,23 @@ class ShellTransport(SocketTransport):
             super().close()
 
 
+class Gathering:
+    """As `with runtime:`, but packets stay queued up to BATCH: more are to follow.
+
+    They go when somebody waits for an answer, at the latest.
+    """
+
+    def __init__(self, runtime: ShellRuntime) -> None:
+        self._runtime = runtime
+
+    def __enter__(self) -> None:
+        self._runtime.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        dirty = self._runtime.dirty
+        self._runtime.release(any(t.conn.out_size > BATCH for t in dirty))
+
+
 class ShellRuntime:
     """See `ClientRuntime` and the module. `with runtime:` holds the lock."""
 
@@ -199,6 +216,7 @@ class ShellRuntime:
         self.epoll = select.epoll()
         # What to do after an exception in the middle of a dispatch.
         self.on_broken: Callable[[], object] = lambda: None
+        self.gathering = Gathering(self)
         self._lock = threading.RLock()
         self._dispatching = False
         self._waiters: list[Waiter] = []
@@ -216,23 +234,25 @@ class ShellRuntime:
 
     # --- lock -------------------------------------------------------------------------
 
-    def __enter__(self) -> ShellRuntime:
+    def acquire(self) -> None:
+        """Take the lock."""
         self._lock.acquire()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def release(self, send: bool = True) -> None:
+        """Give it back, when what was queued is sent, or may be sent later."""
         try:
-            if self.dirty:
+            if send and self.dirty:
                 self._flush()
             if self._waiters:
                 self._notify()
         finally:
             self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     # --- Runtime ----------------------------------------------------------------------
 
