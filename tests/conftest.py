@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import mariadb as mariadb_tests
+from tests.mariadb import mariadb
+
+__all__ = ["mariadb"]
 
 # A slow or busy machine is no failure. Loaded in CI too, where Hypothesis would choose
 # a profile that repeats the same examples: each run explores new ground, and prints
@@ -15,3 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("neo")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were left out, and how to get them."""
+    reasons = {
+        reason
+        for report in terminalreporter.stats.get("skipped", [])
+        if mariadb_tests.HOW_TO in (reason := str(report.longrepr[2]))
+    }
+    for reason in sorted(reasons):
+        terminalreporter.write_line(f"LEFT OUT, {reason}", yellow=True)
