@@ -30,7 +30,7 @@ class MemoryBackend(SQLiteBase):
         if image is not None:
             # Bytes 18 and 19 tell of WAL, which there isn't in memory.
             connection.deserialize(image[:18] + b"\1\1" + image[20:])
-        super().__init__(connection)
+        super().__init__(connection, ":memory:")
         self._observer = observer
         self._durable = False
         self._share()

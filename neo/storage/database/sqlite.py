@@ -80,19 +80,27 @@ def parse_location(text: str) -> Location:
     return Location(path, options, checksums == "1")
 
 
-def check_busy(e: sqlite3.Error) -> None:
-    """Return if another program locks the file, which is worth waiting; else raise."""
-    if getattr(e, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
-        raise BackendError(f"SQLite: {e}") from e
-    log.warning("another program locks the database, waiting")
-
-
 class SQLiteReader(SQLReader):
     """Reads over a connection of its own."""
 
-    def __init__(self, layout: Layout, connection: sqlite3.Connection) -> None:
+    path: str  # of the file, for messages
+
+    def __init__(
+        self, layout: Layout, connection: sqlite3.Connection, path: str
+    ) -> None:
         self.layout = layout
+        self.path = path
         self._use(connection)
+
+    def _failure(self, e: sqlite3.Error) -> BackendError:
+        """What to raise from an error: it names the file."""
+        return BackendError(f"SQLite database {self.path}: {e}")
+
+    def _check_busy(self, e: sqlite3.Error) -> None:
+        """Return if another program locks the file: worth waiting; else raise."""
+        if getattr(e, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+            raise self._failure(e) from e
+        log.warning("another program locks the database %s, waiting", self.path)
 
     def _use(self, connection: sqlite3.Connection) -> None:
         self._read_connection = connection
@@ -104,7 +112,7 @@ class SQLiteReader(SQLReader):
             try:
                 return self._read(sql, args).fetchall()
             except sqlite3.Error as e:
-                check_busy(e)
+                self._check_busy(e)
 
     def size(self) -> int:
         (pages,), (free,), (size,) = (
@@ -118,9 +126,9 @@ class _SharedReader(SQLiteReader):
     """Reads over the writer's connection, between its transactions."""
 
     def __init__(
-        self, layout: Layout, connection: sqlite3.Connection, lock: RLock
+        self, layout: Layout, connection: sqlite3.Connection, path: str, lock: RLock
     ) -> None:
-        super().__init__(layout, connection)
+        super().__init__(layout, connection, path)
         self._lock = lock
 
     def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
@@ -138,8 +146,9 @@ class SQLiteBase(SQLBackend, SQLiteReader):
     device = 0
     has_cheap_commits = True
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         SQLBackend.__init__(self)
+        self.path = path
         self._connection = connection
         self._write = connection.cursor()
         self._lock = RLock()
@@ -149,7 +158,9 @@ class SQLiteBase(SQLBackend, SQLiteReader):
     def _share(self) -> None:
         """Read through the connection of the writer."""
         self._use(self._connection)
-        self.background = _SharedReader(self.layout, self._connection, self._lock)
+        self.background = _SharedReader(
+            self.layout, self._connection, self.path, self._lock
+        )
         self._query = self.background._query  # type: ignore[method-assign]
 
     # --- SQL transactions -------------------------------------------------------
@@ -190,7 +201,7 @@ class SQLiteBase(SQLBackend, SQLiteReader):
             try:
                 self._write.execute(sql).fetchall()
             except sqlite3.Error as e:
-                check_busy(e)
+                self._check_busy(e)
             else:
                 return
 
@@ -202,21 +213,21 @@ class SQLiteBase(SQLBackend, SQLiteReader):
         try:
             return self._write.execute(sql, args).rowcount
         except sqlite3.Error as e:
-            raise BackendError(f"SQLite: {e}") from e
+            raise self._failure(e) from e
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
         assert self._writing
         try:
             self._write.executemany(sql, rows)
         except sqlite3.Error as e:
-            raise BackendError(f"SQLite: {e}") from e
+            raise self._failure(e) from e
 
     def fetch(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
         assert self._writing
         try:
             return self._write.execute(sql, args).fetchall()
         except sqlite3.Error as e:
-            raise BackendError(f"SQLite: {e}") from e
+            raise self._failure(e) from e
 
     # --- schema -----------------------------------------------------------------
 
@@ -288,7 +299,7 @@ class SQLiteBackend(SQLiteBase):
         if location.checksums:
             _prepare_checksums(location.path)
         self._location = location
-        super().__init__(self._connect())
+        super().__init__(self._connect(), location.path)
         try:
             (mode,) = self._connection.execute(
                 f"PRAGMA journal_mode={location.pragmas.get('journal_mode', 'wal')}"
@@ -296,10 +307,14 @@ class SQLiteBackend(SQLiteBase):
         except sqlite3.DatabaseError as e:
             raise ConfigurationError(f"can not open {location.path!r}: {e}") from e
         mode = mode.lower()
-        self._choose_synchronous(mode)
-        if mode == "wal":
-            self._connect_readers()
-        else:
+        try:
+            self._choose_synchronous(mode)
+            if mode == "wal":
+                self._empty_log()
+                self._connect_readers()
+        except sqlite3.Error as e:
+            raise self._failure(e) from e
+        if mode != "wal":
             log.warning(
                 "journal mode %r instead of 'wal': reads wait for commits", mode
             )
@@ -365,18 +380,31 @@ class SQLiteBackend(SQLiteBase):
 
     def _choose_synchronous(self, mode: str) -> None:
         if "synchronous" not in self._location.pragmas:
-            self._connection.execute("PRAGMA synchronous=FULL")
-            # With another journal, NORMAL could damage the file.
-            self._synchronous = "FULL" if mode == "wal" else None
+            # With another journal, NORMAL could damage the file; and a commit is done
+            # when the journal is gone, which a loss of power undoes unless the folder
+            # is synced: EXTRA.
+            is_wal = mode == "wal"
+            level = "FULL" if is_wal else "EXTRA"
+            self._connection.execute(f"PRAGMA synchronous={level}")
+            self._synchronous = level if is_wal else None
         elif self._connection.execute("PRAGMA synchronous").fetchone()[0] < 2:
             log.warning(
                 "synchronous=%s: commits may be lost if the machine fails",
                 self._location.pragmas["synchronous"],
             )
 
+    def _empty_log(self) -> None:
+        """Move what a crash left in the log, before anything is promised.
+
+        A part of it may be in memory only, for good: if the node died because a sync
+        failed, the system believes that those pages are on the disk, and no later sync
+        of the log writes them. The database itself is written and synced here.
+        """
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def _connect_readers(self) -> None:
         self._use(self._connect())
-        self.background = SQLiteReader(self.layout, self._connect())
+        self.background = SQLiteReader(self.layout, self._connect(), self.path)
         self._checkpointer = self._connect()
         # Before the first checkpoint is due, the index of the log exists. It stays
         # open as long as the connections: closing it would release their locks.
@@ -412,7 +440,7 @@ class SQLiteBackend(SQLiteBase):
         try:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as e:
-            raise BackendError(f"SQLite: {e}") from e
+            raise self._failure(e) from e
 
     def begin(self, durable: bool) -> None:
         # A checkpoint beside a writer that never pauses doesn't reach the end. The
