@@ -202,10 +202,10 @@ class MasterHandler(Handler):
     ) -> None:
         """Nodes changed; the first time: all nodes."""
         app = self.app
+        is_first, self.first = self.first, False
         update = app.nm.update(
-            timestamp, nodes, full=self.first, keep=app.pt.nids() if self.first else ()
+            timestamp, nodes, full=is_first, keep=app.pt.nids() if is_first else ()
         )
-        self.first = False
         gone = [c.node for c in update.changes if c.state is not NodeState.RUNNING]
         for change in update.changes:
             # It failed before it was (again) part of the cluster. Who would still
@@ -213,6 +213,8 @@ class MasterHandler(Handler):
             # is busy.
             if change.state is NodeState.RUNNING and change.node.nid is not None:
                 app.unreachable.pop(change.node.nid, None)
+                if not is_first and change.node.address is not None:
+                    app.runtime.connection_succeeded(change.node.address)
         for node in (*gone, *update.forgotten):
             app.close_link(node)
         app.check_ready()

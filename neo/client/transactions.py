@@ -415,9 +415,16 @@ class Transaction:
         elif code == ErrorCode.READ_ONLY_ACCESS:
             self.error = POSException.ReadOnlyError(text)
         else:
-            self.error = NEOStorageError(f"storage {nid_str(nid)}: {text}")
+            self._refused(nid, code, text)
         if self.pending.get(version.oid) is version:
             self._received(version, nid)
+
+    def _refused(self, nid: int, code: int, text: str) -> None:
+        """A storage does not want the transaction."""
+        if code == ErrorCode.INCOMPLETE_TRANSACTION:
+            self.error = NEOStorageTransientError(f"{nid_str(nid)} aborted it: {text}")
+        else:
+            self.error = NEOStorageError(f"storage {nid_str(nid)}: {text}")
 
     def node_failed(self, nid: int) -> None:
         """Nothing is expected from this node any more in this transaction."""
@@ -466,7 +473,7 @@ class Transaction:
         self.relocking -= 1
         self.node_failed(nid)
         if code is not None:
-            self.error = NEOStorageError(f"storage {nid_str(nid)}: {text}")
+            self._refused(nid, code, text)
 
     def _relocked(
         self, oid: bytes, result: tuple[bytes, bytes, Record | None] | None
@@ -603,7 +610,7 @@ class Transaction:
         self._ask_store_transaction(conn).then(answer.set, answer.fail)
         app.runtime.wait(lambda: answer.done, (conn,))
         if answer.code is not None and answer.code != ErrorCode.INCOMPLETE_TRANSACTION:
-            self.error = NEOStorageError(f"storage {nid_str(nid)}: {answer.text}")
+            self._refused(nid, answer.code, answer.text)
         elif answer.lost:
             self.node_failed(nid)
         self.check_session()
@@ -649,7 +656,7 @@ class Transaction:
             awaiting.pop(nid, None)
             self.node_failed(nid)
             if code is not None and self.error is None and not self.ended:
-                self.error = NEOStorageError(f"storage {nid_str(nid)}: {text}")
+                self._refused(nid, code, text)
 
         conns = {
             nid: conn for nid, conn in self.conns.items() if nid not in self.failed
@@ -714,6 +721,8 @@ class Transaction:
         self.check_session()
         assert app.master is not None
         answer = app.ask(app.master, packet, *args)
+        if answer.code == ErrorCode.INCOMPLETE_TRANSACTION and answer.text:
+            raise NEOStorageTransientError(answer.text)
         if answer.code == ErrorCode.INCOMPLETE_TRANSACTION:
             raise NEOStorageTransientError(
                 f"storages {', '.join(map(nid_str, self.failed))} failed, the cluster "
@@ -763,7 +772,7 @@ class Transaction:
             app.ahead.ask(master, Answer())
             app.runtime.wait(lambda: answer.done, (master,))
             if answer.code == ErrorCode.INCOMPLETE_TRANSACTION:
-                raise NEOStorageTransientError("aborted: storages failed")
+                raise NEOStorageTransientError(answer.text or "storages failed")
             if answer.code is not None:
                 raise NEOStorageError(answer.text)
             if answer.value is not None:

@@ -29,6 +29,8 @@ from neo.lib.node import (
     wire_address,
 )
 from neo.lib.protocol import (
+    FEATURE_LEASE,
+    FEATURES,
     READABLE,
     ZERO_TID,
     CellState,
@@ -97,6 +99,7 @@ class StorageNode:
         self.address = options.advertise or options.bind
         self.connections: dict[Connection, None] = {}  # but the master's
         self.master: Connection | None = None
+        self.master_features: tuple[bytes, ...] = ()
         self.operation: Operation | None = None
         self.last_pack = ZERO_TID  # id of the last approved pack order known
         self.identification = Identification(self)
@@ -190,6 +193,7 @@ class StorageNode:
         extra = {
             b"devpath": (self.options.host.encode(), b"%d" % self.backend.device),
             b"new_nid": new_nid,
+            FEATURES: [FEATURE_LEASE],
         }
         is_clone = self.options.new_nid
         return (
@@ -223,6 +227,7 @@ class StorageNode:
         self._refusals = 0
         self._gives_up_nid = False
         self.master = conn
+        self.master_features = ()
         self._expects_all_nodes = True
         handler = Initialization(self)
         conn.handler = handler

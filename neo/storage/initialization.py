@@ -62,6 +62,10 @@ class MasterHandler(Handler):
 
         self.writer.barrier(written)
 
+    def notify_features(self, conn: Connection, features: Sequence[bytes]) -> None:
+        """What the master offers beyond protocol 5."""
+        self.node.master_features = tuple(features)
+
     def stop_operation(self, conn: Connection) -> None:
         """Nothing to stop."""
 

@@ -89,6 +89,10 @@ class OperationHandler(MasterHandler):
     def abort_transaction(
         self, conn: Connection, ttid: Tid, nids: Sequence[int]
     ) -> None:
+        self.transactions.abort(ttid)
+        self.operation.replication.finished(ttid, None)
+
+    def notify_stalled_transaction(self, conn: Connection, ttid: Tid) -> None:
         self.transactions.refuse(ttid)
         self.operation.replication.finished(ttid, None)
 

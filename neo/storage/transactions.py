@@ -72,7 +72,7 @@ _u64 = Struct(">Q").unpack
 # Bytes of values in memory, of one transaction and of all, before some are spilled.
 MEMORY_OF_TRANSACTION = 16 << 20
 MEMORY = 256 << 20
-# Transactions aborted by the master that are remembered.
+# Stalled transactions that are remembered.
 REFUSED_MAX = 1000
 
 PackRequest = tuple[Sequence[Oid] | None, Tid]
@@ -82,10 +82,10 @@ class Transactions:
     """All transactions in progress on a node in operation.
 
     `report_stalled(ttid)`: let the master end a transaction; false if it does not know
-    how. `access`: how each partition may be used (`locks.ABSENT`...); who changes it calls
-    `access_changed`. `ended(ttid)` is called for each transaction that was unlocked or
-    dropped, before those who waited for its locks are served. `is_alone()`: no other
-    node has a cell.
+    how. `access`: how each partition may be used (`locks.ABSENT`...); who changes it
+    calls `access_changed`. `ended(ttid)` is called for each transaction that was
+    unlocked or dropped, before those who waited for its locks are served. `is_alone()`:
+    no other node has a cell.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Transactions:
         self._is_alone = is_alone
         self.by_ttid: dict[Tid, Transaction] = {}
         self._locks: dict[Oid, Transaction] = {}
-        # Those that the master aborted last: nothing of them is accepted any more.
+        # Those that stalled: nothing of them is accepted any more.
         self._refused: dict[Tid, None] = {}
         self.queues = WaitQueues()
         self.pending = Pending(backend, writer)
@@ -161,7 +161,7 @@ class Transactions:
         transaction = self.by_ttid.get(ttid)
         if transaction is None:
             if ttid in self._refused:
-                raise Refused(ErrorCode.INCOMPLETE_TRANSACTION, "aborted by the master")
+                raise Refused(ErrorCode.INCOMPLETE_TRANSACTION, "others waited")
             if ttid > MAX_TID:
                 raise ProtocolError(f"invalid ttid {ttid.hex()}")
             transaction = Transaction(ttid, conn.node, self._runtime.monotonic())
@@ -565,7 +565,7 @@ class Transactions:
             self._end([ttid])
 
     def refuse(self, ttid: Tid) -> None:
-        """The master aborts a transaction, whose client does perhaps not know it."""
+        """The master aborts a transaction whose client does not know it."""
         self._refused[ttid] = None
         if len(self._refused) > REFUSED_MAX:
             del self._refused[next(iter(self._refused))]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from neo.admin.app import Admin, AdminOptions
+from neo.lib.config import Limits
 from neo.lib.protocol import READABLE, ClusterState
 from neo.lib.util import Address
 from neo.master.app import Master, MasterOptions
@@ -131,9 +132,14 @@ class Cluster:
     """
 
     def __init__(
-        self, sim: Simulation, shape: Shape | None = None, number: int = 0
+        self,
+        sim: Simulation,
+        shape: Shape | None = None,
+        number: int = 0,
+        limits: Limits | None = None,
     ) -> None:
         self.sim = sim
+        self.limits = limits or Limits()
         self.shape = shape = shape or Shape()
         suffix = f".{number}" if number else ""
         self.masters = [f"m{i}{suffix}" for i in range(shape.masters)]
@@ -177,6 +183,7 @@ class Cluster:
             partitions=self.shape.partitions,
             replicas=self.shape.replicas,
             autostart=self.shape.storages,
+            limits=self.limits,
         )
         return lambda runtime: Master(runtime, options)
 
@@ -186,6 +193,7 @@ class Cluster:
             bind=self.addresses[name],
             masters=self._others(name),
             host=name,
+            limits=self.limits,
         )
         disk = self.disks[name]
         return lambda runtime: StorageNode(runtime, disk.open(), options)

@@ -1,39 +1,170 @@
-"""Transactions under failure, step by step: who dies when, and what becomes of it."""
+"""Transactions under failure, step by step: who dies when, and what becomes of it.
+
+`test_any_step` breaks something after each single event of a commit, whatever it is.
+The tests after it are the rows of the table of failures (behaviour.md 3.12) and the
+scenarios of behaviour.md 11 that need an exact moment.
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from transaction.interfaces import TransientError
 from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError
 
+from neo.client.exception import NEOStorageUnknownOutcome
 from neo.client.Storage import Storage
-from tests.history import Value, decode
+from neo.lib.config import Limits
+from tests.history import decode
 from tests.simulation.cluster import Cluster, Shape
+from tests.simulation.conftest import base_seed
 from tests.simulation.runtime import Simulation
 from tests.simulation.workload import ALL, Tokens
 
-X, Y = ALL[:2]
+STRIDE = 4
+X, Y, Z = ALL[:3]  # in different partitions, if there are three
+
+
+class Commit:
+    """One transaction, whose steps run in an application thread of a client.
+
+    `outcome`: "" as long as it is not known, "ok", or the class of the error.
+    """
+
+    def __init__(self, scene: Scene, token: str, client: str = "c0") -> None:
+        self.scene = scene
+        self.token = token
+        self.client = client
+        self.storage = scene.cluster.storage(client)
+        self.txn = TransactionMetaData("", token)
+        self.outcome = ""
+        self.text = ""
+        self.tid = b""
+        self.process = scene.cluster.process(client)
+        self.incarnation = self.process.incarnation
+
+    def start(self, *steps: Callable[[], Any]) -> Commit:
+        """Begin some steps; they go on when the simulation does."""
+        self.scene.sim.spawn(self.client, self._run, steps)
+        return self
+
+    def run(self, *steps: Callable[[], Any]) -> Commit:
+        """Do some steps."""
+        self.scene.sim.call(self.client, self._run, steps)
+        return self
+
+    def _run(self, steps: tuple[Callable[[], Any], ...]) -> None:
+        try:
+            for step in steps:
+                step()
+        except (ConflictError, TransientError, NEOStorageUnknownOutcome) as error:
+            self.outcome, self.text = type(error).__name__, str(error)
+            self.storage.tpc_abort(self.txn)
+
+    def store(self, *oids: bytes) -> Callable[[], None]:
+        """Step: begin, and append the token to objects."""
+
+        def step() -> None:
+            storage = self.storage
+            storage.sync()
+            values = {oid: storage.load(oid) for oid in oids}
+            storage.tpc_begin(self.txn)
+            for oid, (data, serial) in values.items():
+                value = decode(data).append(self.token).encode()
+                storage.store(oid, serial, value, "", self.txn)
+
+        return step
+
+    def vote(self) -> None:
+        """Step."""
+        self.storage.tpc_vote(self.txn)
+
+    def finish(self) -> None:
+        """Step: the last one."""
+        self.tid = self.storage.tpc_finish(self.txn)
+        self.outcome = "ok"
+
+    def abort(self) -> None:
+        """Step: the last one, too."""
+        self.storage.tpc_abort(self.txn)
+        self.outcome = "aborted"
+
+    def all(self, *oids: bytes) -> tuple[Callable[[], Any], ...]:
+        """All steps."""
+        return self.store(*oids), self.vote, self.finish
+
+    @property
+    def over(self) -> bool:
+        """Whether it ended, if only because its client is dead."""
+        process = self.process
+        return bool(self.outcome) or not (
+            process.alive and process.incarnation == self.incarnation
+        )
+
+    def wait(self, within: float = 60) -> str:
+        """Wait for the end; the outcome."""
+        self.scene.sim.run_until(lambda: self.over, within)
+        return self.outcome
 
 
 class Scene:
-    """A running cluster with objects, and transactions driven step by step.
+    """A running cluster with objects and no work but what a test starts."""
 
-    `do()` runs a step in an application thread of a client and waits for its end;
-    `start()` only starts it.
-    """
-
-    def __init__(self, shape: Shape, seed: int | str = 0, **options: Any) -> None:
-        self.sim = Simulation(seed)
-        self.cluster = Cluster(self.sim, shape, **options)
+    def __init__(
+        self, shape: Shape, seed: int | str = 0, limits: Limits | None = None
+    ) -> None:
+        self.sim = Simulation(seed, latency=(0.0002, 0.002))
+        self.cluster = Cluster(self.sim, shape, limits=limits)
         self.tokens = Tokens(self.sim)
         self.cluster.start()
         self.sim.run_until(lambda: self.cluster.healthy, 20)
-        self.do(self.tokens.create, self.cluster.storage())
+        self.cluster.call(self.tokens.create, self.cluster.storage())
 
-    def do(self, function: Any, *args: Any, client: str = "c0") -> Any:
-        return self.cluster.call(function, *args, client=client)
+    def commit(self, token: str, client: str = "c0") -> Commit:
+        return Commit(self, token, client)
+
+    def commits(self, client: str, *oids: bytes, within: float) -> float:
+        """Let a client increment objects, as often as it takes; seconds it took."""
+        start = self.sim.time
+        thread = self.sim.spawn(client, self._commits, client, oids)
+        self.sim.run_until(lambda: thread.dead, within)
+        return self.sim.time - start
+
+    def _commits(self, client: str, oids: tuple[bytes, ...]) -> None:
+        for oid in oids:
+            increment(self.cluster.storage(client), oid, f"by {client}")
+
+    def tokens_of(self, oid: bytes, client: str = "c1") -> list[str]:
+        """Who wrote an object."""
+
+        def load() -> list[str]:
+            storage = self.cluster.storage(client)
+            storage.sync()
+            return list(decode(storage.load(oid)[0]).tokens)
+
+        tokens: list[str] = self.cluster.call(load, client=client)
+        return tokens
+
+    def audit(self) -> None:
+        """Nothing is left, replicas are equal."""
+        self.sim.run_until(lambda: self.cluster.healthy, 60)
+        self.sim.run(3)
+        self.sim.run_until(lambda: self.cluster.healthy, 60)
+        by_partition: dict[str, Any] = {}
+        for cell, content in self.cluster.replicas().items():
+            partition = cell.split("/")[0]
+            assert by_partition.setdefault(partition, content) == content, cell
+        assert self.cluster.leftovers() == {}
+        for name in self.cluster.storages:
+            operation = self.sim.app(name).operation
+            assert not operation.transactions.by_ttid, name
+        primary = self.cluster.primary
+        assert primary is not None
+        assert not primary.transactions.in_progress
 
 
 def increment(storage: Storage, oid: bytes, token: str) -> int:
@@ -42,16 +173,91 @@ def increment(storage: Storage, oid: bytes, token: str) -> int:
     while True:
         attempts += 1
         txn = TransactionMetaData()
-        storage.sync()
-        data, serial = storage.load(oid)
-        storage.tpc_begin(txn)
         try:
+            storage.sync()
+            data, serial = storage.load(oid)
+            storage.tpc_begin(txn)
             storage.store(oid, serial, decode(data).append(token).encode(), "", txn)
             storage.tpc_vote(txn)
             storage.tpc_finish(txn)
             return attempts
         except (ConflictError, TransientError):
             storage.tpc_abort(txn)
+
+
+# --- every step -----------------------------------------------------------------------
+
+REPLICATED = Shape(storages=2, replicas=1, partitions=3, clients=2)
+SPREAD = Shape(storages=3, partitions=3, clients=2)
+
+
+def crash(name: str, power: bool = False) -> Callable[[Scene], None]:
+    """Kill a node, which comes back after a second."""
+
+    def fault(scene: Scene) -> None:
+        scene.cluster.crash(name, power)
+        if name not in scene.cluster.clients:
+            scene.sim.after(1, lambda: scene.sim.restart(name))
+
+    return fault
+
+
+def reset(a: str, b: str) -> Callable[[Scene], None]:
+    """Break the connections between two nodes."""
+    return lambda scene: scene.sim.reset(a, b)  # type: ignore[return-value]
+
+
+# What breaks: how, in which cluster; how long another client may have to wait then.
+FAULTS: dict[str, tuple[Callable[[Scene], None], Shape, float]] = {
+    "storage dies": (crash("s1"), REPLICATED, 1),
+    "only storage of a partition dies": (crash("s1"), SPREAD, 5),
+    "machine of a storage dies": (crash("s1", power=True), REPLICATED, 15),
+    "client-storage link breaks": (reset("c0", "s1"), REPLICATED, 1),
+    "only client-storage link breaks": (reset("c0", "s1"), SPREAD, 1),
+    "client-master link breaks": (reset("c0", "m0"), REPLICATED, 1),
+    "client dies": (crash("c0"), REPLICATED, 1),
+    "storage-master link breaks": (reset("s1", "m0"), REPLICATED, 1),
+    "only storage-master link breaks": (reset("s1", "m0"), SPREAD, 5),
+    "master dies": (crash("m0"), REPLICATED, 5),
+    "master dies, no replicas": (crash("m0"), SPREAD, 5),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_any_step(name: str) -> None:
+    """A fault after each event of a commit: never lost, never half, never stuck.
+
+    One event out of STRIDE: others tomorrow.
+    """
+    fault, shape, limit = FAULTS[name]
+    outcomes: dict[str, int] = {}
+    after = zlib.crc32(base_seed().encode()) % STRIDE
+    while True:
+        scene = Scene(shape, seed=f"{name} {after}")
+        commit = scene.commit("t")
+        commit.start(*commit.all(X, Y, Z))
+        for _ in range(after):
+            scene.sim.step()
+        if commit.over:
+            break
+        fault(scene)
+        scene.commits("c1", X, Y, Z, within=limit)
+        outcome = commit.wait()
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        scene.audit()
+        present = ["t" in scene.tokens_of(oid) for oid in (X, Y, Z)]
+        assert present in ([True] * 3, [False] * 3), (after, outcome)
+        if commit.outcome:
+            assert present[0] == (outcome == "ok"), (after, outcome, commit.text)
+        assert outcome != "NEOStorageUnknownOutcome", after
+        for oid in (X, Y, Z):
+            assert scene.tokens_of(oid).count("by c1") == 1
+        after += STRIDE
+    assert after > 50
+    assert name == "client dies" or outcomes["ok"], outcomes
+
+
+# --- locks ----------------------------------------------------------------------------
 
 
 def test_threads_that_conflict_take_turns() -> None:
@@ -63,12 +269,80 @@ def test_threads_that_conflict_take_turns() -> None:
 
     def work(number: int) -> None:
         for i in range(20):
-            attempts.append(increment(storage, X, f"{number}:{i}"))
+            attempts.append(increment(storage, X, f"{number}:{i}"))  # noqa: PERF401
 
     for number in range(threads):
         scene.sim.spawn("c0", work, number)
     scene.sim.run_until(lambda: len(attempts) == threads * 20, 60)
-    tokens = decode(scene.do(storage.load, X)[0]).tokens
+    tokens = scene.tokens_of(X, "c0")
     assert len(set(tokens)) == len(tokens) == 1 + threads * 20
     assert max(attempts) <= 2 * threads
     assert sum(attempts) <= 4 * len(attempts)
+
+
+# --- leases ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", ["stored", "voted"])
+def test_client_that_stalls(steps: str) -> None:
+    """Others wait for no longer than its lease, what it does late is refused."""
+    scene = Scene(REPLICATED, limits=Limits(lease=5))
+    commit = scene.commit("late")
+    commit.run(commit.store(X, Y), *([commit.vote] if steps == "voted" else []))
+    scene.sim.pause("c0")
+    assert 4 < scene.commits("c1", X, Y, within=10) < 6
+    scene.sim.run(20)
+    scene.sim.resume("c0")
+    scene.sim.run(1)
+    commit.start(commit.vote, commit.finish) if steps == "stored" else commit.start(
+        commit.finish
+    )
+    assert commit.wait() == "NEOStorageTransientError"
+    assert "late" not in scene.tokens_of(X)
+    again = scene.commit("again")
+    assert again.run(*again.all(X, Y)).outcome == "ok"
+    scene.audit()
+    primary = scene.cluster.primary
+    assert primary is not None
+    assert len(primary.transactions.ready) == 2  # nobody was expelled
+
+
+def test_client_that_stalls_once_finish_is_asked() -> None:
+    """Its transaction is committed, and it learns so."""
+    scene = Scene(REPLICATED, limits=Limits(lease=5))
+    commit = scene.commit("t")
+    commit.run(commit.store(X, Y), commit.vote).start(commit.finish)
+    primary = scene.cluster.primary
+    assert primary is not None
+    scene.sim.run_until(lambda: primary.transactions.queue)
+    scene.sim.pause("c0")
+    assert scene.commits("c1", X, Y, within=10) < 1
+    scene.sim.run(20)
+    scene.sim.resume("c0")
+    assert commit.wait() == "ok"
+    assert scene.tokens_of(X)[1:] == ["t", "by c1"]
+    scene.audit()
+
+
+def test_lease_of_a_transaction_whose_failed_vote_waits() -> None:
+    """Its client is told."""
+    scene = Scene(
+        Shape(storages=3, replicas=1, partitions=3, clients=3), limits=Limits(lease=5)
+    )
+    for client, storage in (("c0", "s2"), ("c1", "s1")):
+        scene.sim.link(client, storage).refused = True
+        scene.sim.reset(client, storage)
+    scene.sim.run(0.1)
+    first, second = scene.commit("first"), scene.commit("second", "c1")
+    first.run(first.store(X, Y, Z), first.vote)
+    second.start(second.store(*ALL[3:6]), second.vote, second.finish)
+    scene.sim.run(1)
+    assert second.outcome == ""
+    primary = scene.cluster.primary
+    assert primary is not None
+    assert primary.transactions._votes
+    assert scene.commits("c2", *ALL[3:6], within=10) < 8
+    assert second.wait() == "NEOStorageTransientError"
+    assert first.run(first.finish).outcome == "ok"
+    scene.sim.heal()
+    scene.audit()

@@ -9,6 +9,7 @@ import pytest
 
 from neo.lib.protocol import (
     FEATURE_EARLY_VOTE,
+    FEATURE_LEASE,
     INVALID_PARTITION,
     MAX_TID,
     ZERO_HASH,
@@ -39,6 +40,8 @@ from neo.lib.protocol import (
     Error,
     ErrorCode,
     NotifyDeadlock,
+    NotifyFeatures,
+    NotifyStalledTransaction,
     NotifyUnlockInformation,
     StopOperation,
 )
@@ -588,6 +591,63 @@ def test_loss_of_a_voted_client_changes_nothing(h: Harness) -> None:
     h.m.lock(T1, T1)
     h.m.unlock(T1)
     conflict(d, T1)
+
+
+@pytest.mark.parametrize("is_voted", [False, True])
+def test_lease_ended_by_the_master(h: Harness, is_voted: bool) -> None:
+    """A stalled transaction is reported, and refused once the master dropped it."""
+    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
+    h.m.send(NotifyFeatures, (FEATURE_LEASE,))
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    accepted(c)
+    if is_voted:
+        c.vote(T1, A)
+        c.expect(AnswerStoreTransaction)
+    h.advance(5)
+    d.store(T2, A, b"2")
+    h.m.packets()
+    for _ in range(59):
+        h.advance(1)
+        h.m.conn.last_received = h.time
+    assert NotifyStalledTransaction not in [packet for packet, *_ in h.m.packets()]
+    h.advance(2)
+    assert [a for p, _, a in h.m.packets() if p is NotifyStalledTransaction] == [(T1,)]
+    assert not c.is_closed
+    nothing(d)
+    h.m.send(NotifyStalledTransaction, T1)
+    accepted(d)
+    c.packets()
+    for send in (
+        lambda: c.store(T1, B, b"1"),
+        lambda: c.vote(T1, A),
+        lambda: c.send(AskVoteTransaction, T1),
+    ):
+        send()
+        assert c.receive(Error)[0] == ErrorCode.INCOMPLETE_TRANSACTION
+    assert not c.is_closed
+    assert T1 not in h.node.operation.transactions.by_ttid  # type: ignore[union-attr]
+
+
+def test_who_waits_itself_has_no_lease(h: Harness) -> None:
+    """Unless it is asked to give its lock back and does not."""
+    h.m.send(NotifyFeatures, (FEATURE_LEASE,))
+    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
+    c, d, e = h.client(), h.client(2), h.client(3)
+    c.store(T1, A, b"1")
+    d.store(T2, B, b"2")
+    d.store(T2, A, b"2")
+    e.store(T3, B, b"3")
+
+    def stalled() -> set[bytes]:
+        for _ in range(130):
+            h.advance(1)
+            h.m.conn.last_received = h.time
+        return {a[0] for p, _, a in h.m.packets() if p is NotifyStalledTransaction}
+
+    assert stalled() == {T1}
+    c.store(T1, B, b"1")
+    assert stalled() == {T2}
 
 
 def test_lease(h: Harness) -> None:
