@@ -17,7 +17,13 @@ def build(runtime: EpollRuntime, settings: Settings) -> daemon.Application:
     from neo.storage.database import open_backend
 
     masters, save_masters = daemon.known_masters(settings, runtime.log)
-    backend = open_backend(settings.adapter, settings.database, dedup=settings.dedup)
+    backend = open_backend(
+        settings.adapter,
+        settings.database,
+        engine=settings.engine,
+        wait=settings.wait,
+        dedup=settings.dedup,
+    )
     return StorageNode(
         runtime,
         backend,
@@ -40,13 +46,21 @@ def build(runtime: EpollRuntime, settings: Settings) -> daemon.Application:
 
 
 def check(settings: Settings) -> None:
-    """Refuse what this version can't open. Raises ConfigurationError."""
-    if settings.adapter != "SQLite":
-        where = settings.origins["adapter"]
+    """Refuse what can't be opened. Raises ConfigurationError."""
+    if settings.adapter == "Importer":
         raise ConfigurationError(
-            f"adapter {settings.adapter} ({where}) is not available in this version:"
-            " use --adapter SQLite"
+            "adapter Importer is not available in this version: use neomigrate"
         )
+    if settings.adapter == "SQLite":
+        check_sqlite(settings)
+    else:
+        check_mysql(settings)
+    if settings.new_nid and settings.reset:
+        raise ConfigurationError("new-nid and reset exclude each other")
+
+
+def check_sqlite(settings: Settings) -> None:
+    """What SQLite does not know."""
     if settings.database == ":memory:":
         raise ConfigurationError(
             "database :memory: would lose everything at exit: give the path of a file"
@@ -55,8 +69,19 @@ def check(settings: Settings) -> None:
         raise ConfigurationError(
             f"engine {settings.engine} is for MySQL, the adapter is {settings.adapter}"
         )
-    if settings.new_nid and settings.reset:
-        raise ConfigurationError("new-nid and reset exclude each other")
+
+
+def check_mysql(settings: Settings) -> None:
+    """The connection string and the driver."""
+    from neo.storage.database.mysql_driver import choose_driver, parse_location
+
+    try:
+        parse_location(settings.database)
+        choose_driver(settings.adapter)
+    except ConfigurationError as e:
+        # Who gave a file maybe wants SQLite, and did not know the default.
+        where = settings.origins["adapter"]
+        raise ConfigurationError(f"{e} (adapter {settings.adapter}: {where})") from e
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,6 +36,7 @@ PRELOAD = [
     "neo.scripts.neoadmin",
     "neo.master.app",
     "neo.storage.app",
+    "neo.storage.database.mysql",
     "neo.storage.database.sqlite",
     "neo.admin.app",
 ]
@@ -126,7 +127,8 @@ def _run(module: str, argv: list[str], stderr: str, env: dict[str, str]) -> None
 class Cluster:
     """Nodes `master1`..., `storage1`..., `admin`, in a directory of their own.
 
-    `options`: more arguments for all daemons (TLS...). Usable as a context manager.
+    `options`: more arguments for all daemons (TLS...). `database(node)`: arguments for
+    the database of a storage, None for a file of SQLite. Usable as a context manager.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Cluster:
         replicas: int = 0,
         options: tuple[str, ...] = (),
         autostart: bool = True,
+        database: Callable[[str], list[str] | None] = lambda node: None,
     ) -> None:
         self._temporary = None
         if directory is None:
@@ -157,6 +160,7 @@ class Cluster:
         self.replicas = replicas
         self.options = options
         self.autostart = autostart
+        self.database = database
         self.env: dict[str, str] = {}
         self.processes: dict[str, ForkServerProcess] = {}
         self._clients: list[Storage] = []
@@ -191,8 +195,8 @@ class Cluster:
             if self.autostart:
                 argv += ["--autostart", str(self.storages)]
         elif kind == "storage":
-            argv += ["--bind", "127.0.0.1:0", "--adapter", "SQLite"]
-            argv += ["--database", self.path(f"{name}.sqlite")]
+            file = ["--adapter", "SQLite", "--database", self.path(f"{name}.sqlite")]
+            argv += ["--bind", "127.0.0.1:0", *(self.database(name) or file)]
         else:
             argv += ["--bind", format_address(self.admin)]
         process = context.Process(
