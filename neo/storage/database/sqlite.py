@@ -39,6 +39,7 @@ BUSY_S = 10.0  # SQLite waits with a back-off before it says that a file is lock
 CACHE_KIB = 32768  # page cache of a connection, unless the connection string says more
 CHECKPOINT_PAGES = 1000  # of the log that make a checkpoint worth its while
 LOG_PAGES_MAX = 16 * CHECKPOINT_PAGES  # beyond, the writer does it itself
+COPY_SIZE = 1 << 20  # bytes
 UNSAFE_JOURNALS = ("off", "memory")
 TYPES = {
     "partition": "INTEGER",
@@ -310,7 +311,7 @@ class SQLiteBackend(SQLiteBase):
         try:
             self._choose_synchronous(mode)
             if mode == "wal":
-                self._empty_log()
+                self._renew_log()
                 self._connect_readers()
         except sqlite3.Error as e:
             raise self._failure(e) from e
@@ -393,14 +394,25 @@ class SQLiteBackend(SQLiteBase):
                 self._location.pragmas["synchronous"],
             )
 
-    def _empty_log(self) -> None:
-        """Move what a crash left in the log, before anything is promised.
+    def _renew_log(self) -> None:
+        """Write again what a crash left in the log, before anything is promised.
 
         A part of it may be in memory only, for good: if the node died because a sync
-        failed, the system believes that those pages are on the disk, and no later sync
-        of the log writes them. The database itself is written and synced here.
+        failed, the system takes the pages for clean, and no later sync writes them.
+        The same bytes are written in the same place, so whoever reads sees no change.
         """
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._retry("BEGIN IMMEDIATE")  # nobody else appends meanwhile
+        try:
+            with open(f"{self.path}-wal", "r+b", buffering=0) as file:
+                while data := file.read(COPY_SIZE):
+                    file.seek(-len(data), os.SEEK_CUR)
+                    if file.write(data) != len(data):
+                        raise OSError(errno.EIO, "short write")
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise BackendError(f"{self.path}-wal: {e.strerror}") from e
+        finally:
+            self._connection.execute("ROLLBACK")
 
     def _connect_readers(self) -> None:
         self._use(self._connect())
