@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import getpid
@@ -36,7 +37,14 @@ from neo.lib.util import Address, add64, p64, tid_from_time, u64
 
 from . import iterator as iteration
 from . import shell
-from .app import CACHE_SIZE, OBJECT_SIZE_MAX, ClientApp, ClientOptions, Refusal
+from .app import (
+    CACHE_SIZE,
+    OBJECT_SIZE_MAX,
+    VOTE_TIMEOUT,
+    ClientApp,
+    ClientOptions,
+    Refusal,
+)
 from .exception import (
     NEOStorageDoesNotExistError,
     NEOStorageError,
@@ -68,8 +76,9 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     `master_nodes`: addresses separated by white space; `name`: of the cluster. Sizes
     are bytes. `connect_timeout`: seconds to wait for the cluster, None: for ever.
-    `_runtime`: makes the Runtime (tests); `_app`: another storage whose connections
-    are shared. Nothing is connected before the first use.
+    `vote_timeout`: seconds that a storage may take to vote after another one did.
+    `_runtime`: makes the Runtime (tests); `_app`: `app` of another storage, whose
+    connections are shared. Nothing is connected before the first use.
     """
 
     def __init__(
@@ -89,6 +98,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         key: str | None = None,
         connect_timeout: float | None = None,
         max_object_size: int = OBJECT_SIZE_MAX,
+        vote_timeout: float = VOTE_TIMEOUT,
         _runtime: Factory | None = None,
     ) -> None:
         BaseStorage.__init__(self, f"NEOStorage({name})")
@@ -104,11 +114,12 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._upcoming: deque[bytes] = deque()
         self._count: tuple[bytes, int] | None = None
         self._shared = _app is not None
+        self._sharers: weakref.WeakSet[Storage] = weakref.WeakSet()
         if _app is not None:
-            self._pid = getpid()
-            self._core: ClientApp = _app._core if isinstance(_app, AppFacade) else _app
-            self._own_runtime: Any = self._core.runtime
-            self._options = self._core.options
+            origin = _app._storage
+            origin._sharers.add(self)
+            self._options: ClientOptions = origin._options
+            self._share(origin)
             self.app = AppFacade(self)
             return
         tls = check_tls(ca, cert, key)
@@ -133,6 +144,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             ignore_wrong_checksum=ignore_wrong_checksum,
             connect_timeout=connect_timeout,
             object_size_max=max_object_size,
+            vote_timeout=vote_timeout,
             tls=tls,
             save_masters=save,
         )
@@ -140,6 +152,12 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self.app = AppFacade(self)
         if _runtime is None:
             shell.register(self)
+
+    def _share(self, origin: Storage) -> None:
+        """Use the connections of another storage."""
+        self._pid: int = origin._pid
+        self._core: ClientApp = origin._core
+        self._own_runtime: Any = origin._own_runtime
 
     def _make_runtime(self) -> ClientRuntime:
         assert self._logger is not None
@@ -203,6 +221,10 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._core.db = self._db
         self._core.wait_for_pack = old.wait_for_pack
         # The first use compares last tids, as after any loss of the master.
+        for sharer in self._sharers:
+            sharer._transactions = {}
+            sharer._upcoming = deque()
+            sharer._share(self)
 
     # --- information ------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from neo.lib.protocol import (
     FEATURE_SIZE,
     FEATURES,
     ZERO_HASH,
+    AbortTransaction,
     AskFinalTID,
     AskLastTransaction,
     AskNewOIDs,
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
 
 CACHE_SIZE = 20 << 20
 OBJECT_SIZE_MAX = 60 << 20  # neoppod's storages exit above 64 MiB
+# A storage that does not answer to the vote for so long, when others did, has failed.
+VOTE_TIMEOUT = 15.0
 # A storage that failed is asked last for so long.
 FAILURE_MEMORY = 600.0
 OIDS_BLOCK = 100
@@ -96,6 +99,7 @@ class ClientOptions:
     ignore_wrong_checksum: bool = False
     connect_timeout: float | None = None  # None: wait for ever
     object_size_max: int = OBJECT_SIZE_MAX
+    vote_timeout: float = VOTE_TIMEOUT
     limits: Limits = field(default_factory=Limits)
     tls: tuple[str, str, str] | None = None  # paths: ca, cert, key
     save_masters: Callable[[list[Address]], object] | None = None
@@ -380,6 +384,7 @@ class ClientApp:
         self.transactions: dict[bytes, Transaction] = {}  # by ttid
         # AskFinalTID waits at the master: nothing else may be sent there.
         self.exclusive = False
+        self._aborts: list[tuple[bytes, Sequence[int]]] = []  # to be told then
         self.ahead = Ahead(self)
         self.turns = Turns(runtime)
         self._oids: deque[bytes] = deque()
@@ -454,6 +459,7 @@ class ClientApp:
         self.master = None
         self.synchronised = self.ready = self.exclusive = False
         self.ahead.forget()
+        self._aborts.clear()
         self._oids.clear()
         self._oids_asked = False
         for link in list(self.links.values()):
@@ -470,17 +476,17 @@ class ClientApp:
         if self.closed:
             raise NEOStorageError("the storage is closed")
 
-    def connect(self, *, patient: bool = False) -> None:
+    def connect(self) -> None:
         """Return once the cluster can be used.
 
-        Raises NEOStorageError if it refuses us, or after `connect_timeout` (unless
-        `patient`), ReadOnlyError if only read-only clients are accepted.
+        Raises NEOStorageError if it refuses us, or after `connect_timeout`,
+        ReadOnlyError if only read-only clients are accepted.
         """
         if self.ready and not self.closed:
             return
         self.check_open()
         start = self.runtime.monotonic()
-        limit = None if patient else self.options.connect_timeout
+        limit = self.options.connect_timeout
         warn_at = WARN_AFTER
         while not self.ready:
             self.check_open()
@@ -495,8 +501,10 @@ class ClientApp:
                 )
             if waited >= warn_at:
                 warn_at = waited + WARN_AGAIN
-                self.log.warning(
-                    "waiting for cluster %r since %.0f s: %s",
+                self.log.throttled(
+                    "unreachable",
+                    30,
+                    "cluster %r could not be reached for %.0f s: %s",
                     self.options.cluster,
                     waited,
                     self._explain(),
@@ -527,7 +535,14 @@ class ClientApp:
         """The master's connection, when a request may be sent there."""
         self.connect()
         while self.exclusive:
-            self.runtime.wait(lambda: not self.exclusive or self.closed)
+            limit = self.options.connect_timeout
+            if not self.runtime.wait(
+                lambda: not self.exclusive or self.closed, (), limit
+            ):
+                raise NEOStorageTransientError(
+                    f"the master does not tell within {limit:g} s what became of a "
+                    "transaction"
+                )
             self.connect()
         assert self.master is not None
         return self.master
@@ -589,24 +604,49 @@ class ClientApp:
 
         self.master.ask(AskNewOIDs, OIDS_BLOCK).then(done, failed)
 
-    def final_tid(self, ttid: bytes) -> bytes | None:
+    def final_tid(self, ttid: bytes, timeout: float | None) -> bytes | None:
         """What the master says of an unfinished transaction; Refusal or LookupError
-        (the connection was lost again).
+        (the connection was lost again, or there is no answer in `timeout` seconds).
         """
         conn = self.usable_master()
         session = self.session
         self.exclusive = True
-        try:
-            answer = self.ask(conn, AskFinalTID, ttid)
-        finally:
-            if self.session == session:
+        answer = Answer()
+
+        def over() -> None:
+            # Even if nobody waits for the answer any more, it is on its way.
+            if self.session == session and self.master is not None:
                 self.exclusive = False
+                self._send_aborts()
+
+        def done(tid: bytes | None) -> None:
+            answer.set(tid)
+            over()
+
+        def failed(code: int | None, text: str) -> None:
+            answer.fail(code, text)
+            over()
+
+        conn.ask(AskFinalTID, ttid).then(done, failed)
+        self.runtime.wait(lambda: answer.done, (conn,), timeout)
         if answer.value is None:
             if answer.code is None:
                 raise LookupError(ttid)
             raise Refusal(answer.code, answer.text)
         tid: bytes | None = answer.value[0]
         return tid
+
+    def abort(self, ttid: bytes, nids: Sequence[int]) -> None:
+        """Tell the master, now or as soon as it may be told something."""
+        self._aborts.append((ttid, nids))
+        if not self.exclusive:
+            self._send_aborts()
+
+    def _send_aborts(self) -> None:
+        aborts, self._aborts = self._aborts, []
+        assert self.master is not None
+        for ttid, nids in aborts:
+            self.master.notify(AbortTransaction, ttid, nids)
 
     # --- storages ---------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_object_size": byte_size,
     "name": text,
     "read_only": boolean,
+    "vote_timeout": number(1),
 }
 
 

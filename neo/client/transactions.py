@@ -60,8 +60,6 @@ from .exception import (
 Record = tuple[int, bytes, bytes]  # compression, checksum, data as stored
 NO_DATA: Record = (0, ZERO_HASH, b"")
 
-# A storage that does not answer to the vote for so long, when others did, has failed.
-VOTE_TIMEOUT = 15.0
 # After so many conflicts on one object, take its lock before resolving.
 ATTEMPTS = 3
 # Unanswered bytes that are always accepted before a store waits.
@@ -235,12 +233,7 @@ class Transaction:
         deleted: bool = False,
     ) -> None:
         """Send data (None: deletion) to all cells. Answers come later."""
-        size = len(record[2])
-        limit = self.app.options.object_size_max
-        if size > limit:
-            raise NEOStorageError(
-                f"object {oid.hex()} takes {size} bytes, the limit is {limit}"
-            )
+        size = self._size(oid, record)
         version = Version(oid, serial, data, size, data_serial)
         version.deleted = deleted
         if not self.oids and self.app.turns.store(oid):
@@ -264,11 +257,20 @@ class Transaction:
         """Send a revision that is imported; `serial` is the base if it is known, else
         zero: a conflict then tells it.
         """
-        version = Version(oid, serial, None, len(record[2]), data_serial)
+        version = Version(oid, serial, None, self._size(oid, record), data_serial)
         version.record = record
         self.restored = True
         self._store(version, record)
         self._throttle()
+
+    def _size(self, oid: bytes, record: Record) -> int:
+        size = len(record[2])
+        limit = self.app.options.object_size_max
+        if size > limit:
+            raise NEOStorageError(
+                f"object {oid.hex()} takes {size} bytes, the limit is {limit}"
+            )
+        return size
 
     def _store(self, version: Version, record: Record, *, waiting: bool = True) -> None:
         self._send(
@@ -684,13 +686,14 @@ class Transaction:
         conns: Sequence[Connection],
     ) -> None:
         wait = self.app.runtime.wait
+        limit = self.app.options.vote_timeout
         while awaiting:
             left = len(awaiting)
             # A storage alone may take as long as it wants.
             if not wait(
                 lambda n=left: len(awaiting) < n,  # type: ignore[misc]
                 conns,
-                VOTE_TIMEOUT if len(conns) > 1 else None,
+                limit if len(conns) > 1 else None,
             ) and (voted):
                 for nid in awaiting:
                     self.app.log.warning(
@@ -813,11 +816,15 @@ class Transaction:
         app.ahead.finished()
 
     def _recover(self, reason: str) -> bytes:
-        """The answer to finish is lost: find out what happened, however long it takes.
+        """The answer to finish is lost: find out what happened, however long it takes
+        unless there is a `connect_timeout`.
 
         Source: behaviour.md 3.11.
         """
         app = self.app
+        monotonic = app.runtime.monotonic
+        limit = app.options.connect_timeout
+        deadline = None if limit is None else monotonic() + limit
         app.log.warning(
             "connection lost while transaction %s was being finished: %s",
             self.ttid.hex(),
@@ -825,14 +832,19 @@ class Transaction:
         )
         while True:
             try:
-                app.connect(patient=True)
-                tid = app.final_tid(self.ttid)
+                app.connect()
+                left = None if deadline is None else max(0.0, deadline - monotonic())
+                tid = app.final_tid(self.ttid, left)
                 if tid == MAX_TID:
                     (tid,) = app.read(self.ttid, AskFinalTID, self.ttid)
             except (LookupError, NEOStorageTransientError):
                 if app.closed:
                     raise NEOStorageUnknownOutcome(
                         f"closed before the outcome of {self.ttid.hex()} was known"
+                    ) from None
+                if deadline is not None and monotonic() >= deadline:
+                    raise NEOStorageUnknownOutcome(
+                        f"outcome of {self.ttid.hex()} not known within {limit:g} s"
                     ) from None
                 app.runtime.wait(lambda: app.closed, (), 0.1)
                 continue
@@ -851,9 +863,15 @@ class Transaction:
             )
         # Was our resynchronisation before its commit? The invalidation (we are not its
         # author any more) precedes the Pong.
-        while app.last_tid is None or app.last_tid < tid:
-            if app.ask_master(Ping).value is not None:
-                break
+        try:
+            while app.last_tid is None or app.last_tid < tid:
+                if app.ask_master(Ping).value is not None:
+                    break
+        except NEOStorageError:
+            # Committed it is; what others committed before is not known.
+            app.cache.clear_current()
+            if app.db is not None:
+                app.db.invalidateCache()
         return tid
 
     # --- end --------------------------------------------------------------------------
@@ -871,9 +889,8 @@ class Transaction:
             self._set_begun(answer)
         for conn in self.conns.values():
             conn.notify(AbortTransaction, self.ttid, [])
-        if app.session == self.session and app.master is not None and not app.exclusive:
-            nids = sorted({*self.conns, *self.failed})
-            app.master.notify(AbortTransaction, self.ttid, nids)
+        if app.session == self.session and app.master is not None:
+            app.abort(self.ttid, sorted({*self.conns, *self.failed}))
         self._end()
 
     def _end(self) -> None:

@@ -280,6 +280,30 @@ def test_fork(cluster: Cluster) -> None:
         storage.tpc_finish(open_at_fork)
 
 
+def test_fork_of_storages_that_share(cluster: Cluster) -> None:
+    """They share the connections of the child there."""
+    with cluster.client() as storage:
+        oid, _ = create(storage)
+        other = Storage("", "", _app=storage.app)
+        assert other.load(oid)[0] == b"data"
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                commit(other, (oid, other.load(oid)[1], b"child"))
+                assert storage.load(oid)[0] == b"child"
+                assert other._core is storage._core
+                storage.close()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        other.sync()
+        assert other.load(oid)[0] == b"child"
+        other.close()
+        assert storage.load(oid)[0] == b"child"
+
+
 def test_interruption(cluster: Cluster) -> None:
     """KeyboardInterrupt in a wait: what is being read is closed, all goes on after."""
     with cluster.client() as storage, cluster.client() as other:

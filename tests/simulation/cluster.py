@@ -140,6 +140,7 @@ class Cluster:
     ) -> None:
         self.sim = sim
         self.limits = limits or Limits()
+        self.client_options: dict[str, Any] = {}
         self.shape = shape = shape or Shape()
         suffix = f".{number}" if number else ""
         self.masters = [f"m{i}{suffix}" for i in range(shape.masters)]
@@ -206,7 +207,12 @@ class Cluster:
 
     def _make_c(self, name: str) -> Callable[[SimRuntime], ClientNode]:
         masters = " ".join(f"{host}:{port}" for host, port in self._others(name))
-        return partial(ClientNode, masters=masters, compress=self.shape.compress)
+        return partial(
+            ClientNode,
+            masters=masters,
+            compress=self.shape.compress,
+            **self.client_options,
+        )
 
     def crash(self, name: str, power: bool = False) -> None:
         """Kill a process, or (`power`) its whole machine."""

@@ -19,7 +19,7 @@ from ZODB.POSException import ConflictError
 from neo.client.exception import NEOStorageUnknownOutcome
 from neo.client.Storage import Storage
 from neo.lib.config import Limits
-from tests.history import decode
+from tests.history import Value, decode
 from tests.simulation.cluster import Cluster, Shape
 from tests.simulation.conftest import base_seed
 from tests.simulation.runtime import Simulation
@@ -115,14 +115,23 @@ class Scene:
     """A running cluster with objects and no work but what a test starts."""
 
     def __init__(
-        self, shape: Shape, seed: int | str = 0, limits: Limits | None = None
+        self,
+        shape: Shape,
+        seed: int | str = 0,
+        limits: Limits | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.sim = Simulation(seed, latency=(0.0002, 0.002))
         self.cluster = Cluster(self.sim, shape, limits=limits)
+        self.cluster.client_options = options or {}
         self.tokens = Tokens(self.sim)
         self.cluster.start()
         self.sim.run_until(lambda: self.cluster.healthy, 20)
-        self.cluster.call(self.tokens.create, self.cluster.storage())
+        self.do(self.tokens.create, self.cluster.storage())
+
+    def do(self, function: Callable[..., Any], *args: Any, client: str = "c0") -> Any:
+        """Run a function in an application thread."""
+        return self.cluster.call(function, *args, client=client)
 
     def commit(self, token: str, client: str = "c0") -> Commit:
         return Commit(self, token, client)
@@ -146,7 +155,7 @@ class Scene:
             storage.sync()
             return list(decode(storage.load(oid)[0]).tokens)
 
-        tokens: list[str] = self.cluster.call(load, client=client)
+        tokens: list[str] = self.do(load, client=client)
         return tokens
 
     def audit(self) -> None:
@@ -345,4 +354,207 @@ def test_lease_of_a_transaction_whose_failed_vote_waits() -> None:
     assert second.wait() == "NEOStorageTransientError"
     assert first.run(first.finish).outcome == "ok"
     scene.sim.heal()
+    scene.audit()
+
+
+# --- the outcome of a finish ----------------------------------------------------------
+
+
+def locked_at(scene: Scene, name: str) -> bool:
+    """Whether a storage has a transaction that is locked, not unlocked."""
+    by_ttid = scene.sim.app(name).operation.transactions.by_ttid
+    return any(t.tid is not None for t in by_ttid.values())
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_master_link_breaks_before_all_have_locked(others: int) -> None:
+    """Scenarios 63 and 66: the master answers AskFinalTID, with its id."""
+    scene = Scene(SPREAD)
+    commit = scene.commit("t")
+    commit.run(commit.store(X, Y), commit.vote)
+    scene.sim.clog("s0", "m0")
+    commit.start(commit.finish)
+    scene.sim.run(0.1)
+    assert locked_at(scene, "s0")
+    scene.sim.reset("c0", "m0")
+    scene.sim.run(0.1)
+    more = [scene.commit(f"more {i}") for i in range(others)]
+    for i, other in enumerate(more):
+        other.start(*other.all(ALL[3 + i]))
+    scene.sim.run(1)
+    assert commit.outcome == ""
+    scene.sim.unclog("s0", "m0")
+    assert commit.wait(1) == "ok"
+    assert [other.wait(1) for other in more] == ["ok"] * others
+    assert scene.tokens_of(X)[1:] == ["t"]
+    scene.audit()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_master_link_breaks_after_the_commit(applied: bool) -> None:
+    """Scenarios 64 and 65: a storage knows, from its memory or its database."""
+    scene = Scene(SPREAD)
+    commit = scene.commit("t")
+    commit.run(commit.store(X, Y), commit.vote)
+    scene.sim.clog("m0", "c0")
+    if not applied:
+        # The lock is asked, the unlock stays on its way.
+        primary = scene.cluster.primary
+        assert primary is not None
+        commit.start(commit.finish)
+        scene.sim.run_until(lambda: locked_at(scene, "s0"))
+        for name in scene.cluster.storages:
+            scene.sim.clog("m0", name)
+        scene.sim.run(0.2)
+        assert not primary.transactions.queue
+        assert locked_at(scene, "s0")
+    else:
+        commit.start(commit.finish)
+        scene.sim.run(0.5)
+        assert not locked_at(scene, "s0")
+    scene.sim.reset("c0", "m0")
+    scene.sim.unclog("m0", "c0")
+    if not applied:
+        scene.sim.run(0.2)
+        for name in scene.cluster.storages:
+            scene.sim.unclog("m0", name)
+    assert commit.wait(2) == "ok"
+    assert scene.tokens_of(X)[1:] == ["t"]
+    scene.audit()
+
+
+def test_outcome_that_nobody_tells() -> None:
+    """It is unknown after `connect_timeout`, which other transactions respect, too."""
+    scene = Scene(SPREAD, options={"connect_timeout": 3.0})
+    commit = scene.commit("t")
+    commit.run(commit.store(X, Y), commit.vote)
+    scene.sim.clog("s0", "m0")
+    commit.start(commit.finish)
+    scene.sim.run(0.1)
+    scene.sim.reset("c0", "m0")
+    scene.sim.run(1)
+    other = scene.commit("u")
+    other.start(*other.all(Z))
+    scene.sim.run(1)
+    assert (commit.outcome, other.outcome) == ("", "")
+    assert commit.wait(1.5) == "NEOStorageUnknownOutcome"
+    assert other.wait(2.5) == "NEOStorageTransientError"
+    scene.sim.unclog("s0", "m0")
+    scene.sim.run(0.1)
+    again = scene.commit("v")
+    assert again.run(*again.all(Z)).outcome == "ok"
+    assert scene.tokens_of(X)[1:] == ["t"]
+    scene.audit()
+
+
+def test_abort_while_the_outcome_of_another_is_asked() -> None:
+    """Nothing goes to the master meanwhile; then, the abort, which ends it there."""
+    scene = Scene(SPREAD)
+    commit, other = scene.commit("t"), scene.commit("u")
+    commit.run(commit.store(X, Y), commit.vote)
+    scene.sim.clog("s0", "m0")
+    commit.start(commit.finish)
+    scene.sim.run(0.1)
+    scene.sim.reset("c0", "m0")
+    core = scene.cluster.storage()._core
+    scene.sim.run_until(lambda: core.ready)
+    assert not core.exclusive
+    other.run(other.store(Z))  # the other one looks again every 0.1 s
+    scene.sim.run(0.2)
+    assert core.exclusive
+    primary = scene.cluster.primary
+    assert primary is not None
+    other.run(other.abort)
+    scene.sim.run(0.2)
+    assert len(primary.transactions.in_progress) == 2
+    scene.sim.unclog("s0", "m0")
+    assert commit.wait(1) == "ok"
+    scene.sim.run(0.2)
+    assert not primary.transactions.in_progress
+    scene.audit()
+
+
+def test_cluster_stops_between_lock_and_answer() -> None:
+    """Scenario 67: after the recovery, the commit is successful; oids don't collide."""
+    scene = Scene(SPREAD)
+    commit = scene.commit("t")
+    storage = scene.cluster.storage()
+    new = scene.do(storage.new_oid)
+    commit.run(
+        commit.store(X, Y),
+        lambda: storage.store(new, bytes(8), Value().encode(), "", commit.txn),
+        commit.vote,
+    )
+    for name in scene.cluster.storages:
+        scene.sim.clog(name, "m0")
+    commit.start(commit.finish)
+    scene.sim.run_until(lambda: locked_at(scene, "s0") and locked_at(scene, "s1"))
+    scene.sim.run(0.1)
+    scene.cluster.crash("m0")
+    for name in scene.cluster.storages:
+        scene.sim.unclog(name, "m0")
+    scene.sim.run(1)
+    scene.sim.restart("m0")
+    assert commit.wait(20) == "ok"
+    assert scene.tokens_of(X)[1:] == ["t"]
+    mine = scene.do(storage.new_oid)
+    other = scene.do(scene.cluster.storage("c1").new_oid, client="c1")
+    assert len({new, mine, other}) == 3
+    scene.audit()
+
+
+# --- arbitration ----------------------------------------------------------------------
+
+
+def crossed() -> tuple[Scene, Commit, Commit]:
+    """Scenario 52: each of two clients misses another storage, both write one object
+    of the partition that these two have.
+    """
+    scene = Scene(Shape(storages=3, replicas=1, partitions=3, clients=3))
+    primary = scene.cluster.primary
+    assert primary is not None
+    apps = {name: scene.sim.app(name) for name in scene.cluster.storages}
+    nids = list(primary.pt.cells[0])
+    first, second = (n for n, app in apps.items() if app.nid in nids)
+    for client, storage in (("c0", second), ("c1", first)):
+        scene.sim.link(client, storage).refused = True
+        scene.sim.reset(client, storage)
+    scene.sim.run(0.1)
+    return scene, scene.commit("a"), scene.commit("b", "c1")
+
+
+@pytest.mark.parametrize("end", ["finish", "abort"])
+def test_crossed_failures(end: str) -> None:
+    """Scenarios 52 and 54: never both; who votes second waits for the first's end."""
+    scene, a, b = crossed()
+    a.run(a.store(X), a.vote)
+    b.start(*b.all(X))
+    scene.sim.run(2)
+    assert b.outcome == ""
+    a.run(a.finish if end == "finish" else a.abort)
+    assert b.wait(2) == ("NEOStorageTransientError" if end == "finish" else "ok"), (
+        b.text
+    )
+    assert scene.tokens_of(X, "c2")[1:] == (["a"] if end == "finish" else ["b"])
+    scene.sim.heal()
+    scene.audit()
+    assert scene.tokens_of(X, "c2")[1:] == (["a"] if end == "finish" else ["b"])
+
+
+def test_third_storage_dies_before_the_finish() -> None:
+    """Scenario 53: refused; the cluster stays operational."""
+    scene, a, _ = crossed()
+    a.run(a.store(X), a.vote)
+    primary = scene.cluster.primary
+    assert primary is not None
+    apps = {name: scene.sim.app(name) for name in scene.cluster.storages}
+    nids = list(primary.pt.cells[0])
+    (third,) = (name for name, app in apps.items() if app.nid not in nids)
+    scene.cluster.crash(third)
+    scene.sim.run(0.1)
+    assert a.run(a.finish).outcome == "NEOStorageTransientError"
+    assert scene.cluster.running
+    assert scene.tokens_of(X, "c2") == ["init"]
+    scene.sim.heal()
+    scene.sim.restart(third)
     scene.audit()

@@ -48,6 +48,7 @@ def test_both_spellings(dash: bool) -> None:
         "connect_timeout": "2.5",
         "compress": "zlib=3",
         "max_object_size": "1MB",
+        "vote_timeout": "30",
     }
     if dash:
         options = {key.replace("_", "-"): value for key, value in options.items()}
@@ -59,6 +60,7 @@ def test_both_spellings(dash: bool) -> None:
         "connect_timeout": 2.5,
         "compress": "zlib=3",
         "max_object_size": 1 << 20,
+        "vote_timeout": 30,
     }
 
 
