@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
@@ -22,6 +22,7 @@ pack = Packer().pack
 # The fast decoder allocates an array when it meets its header. What declares more
 # elements than this is decoded once all its bytes are there instead.
 _FAST_ELEMENTS = 4096
+_ALONE_MAX = 64 << 10  # bytes that are tried as one message
 _OPTIONS: dict[str, Any] = {
     "use_list": False,
     "raw": False,
@@ -53,6 +54,7 @@ class Decoder:
         self._fed = 0  # bytes given to the fast decoder before the first chunk
         self._scanner: Unpacker | None = None
         self._scanned = 0
+        self._alone = True  # the last bytes were exactly one message
 
     def _new_fast(self) -> Unpacker:
         return Unpacker(
@@ -62,8 +64,17 @@ class Decoder:
             **_OPTIONS,
         )
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield the messages that `data` completes; Malformed otherwise."""
+    def feed(self, data: bytes) -> Iterable[Message]:
+        """The messages that `data` completes; iterating may raise Malformed."""
+        if self._alone and not self._size and len(data) <= _ALONE_MAX:
+            # A conversation is one message at a time: a fifth of the time of a stream.
+            try:
+                return (_checked(unpackb(data, **_OPTIONS)),)
+            except HOSTILE:
+                self._alone = False  # more than one, less than one, or worse
+        return self._stream(data)
+
+    def _stream(self, data: bytes) -> Iterator[Message]:
         self._chunks.append(data)
         self._size += len(data)
         if self._fast is None:
@@ -71,10 +82,12 @@ class Decoder:
             return
         fast = self._fast
         fast.feed(data)
+        number = 0
         try:
             while True:
                 message = fast.unpack()
                 self._start = fast.tell() - self._fed
+                number += 1
                 yield _checked(message)
         except OutOfData:
             pass
@@ -89,6 +102,7 @@ class Decoder:
         except HOSTILE as error:
             raise Malformed(f"{type(error).__name__}: {error}") from None
         if self._start == self._size:
+            self._alone = number == 1 and len(self._chunks) == 1
             self._fed += self._size
             self._chunks.clear()
             self._size = self._start = 0
