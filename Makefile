@@ -7,6 +7,7 @@ VENV ?= .venv
 DIR ?= .neo
 SEEDS ?= 1000
 INPUTS ?= 1000000
+SECONDS ?= 600
 WORKERS ?= 2
 # More arguments for neosimple or pytest: make test ARGS="-k config"
 ARGS ?=
@@ -14,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help run test lint simulate fuzz clean
+.PHONY: help run test lint simulate fuzz chaos clean
 
 help:
 	@echo "make run             a cluster on SQLite in $(DIR), in the foreground (DIR=...)"
@@ -22,6 +23,8 @@ help:
 	@echo "make lint            ruff and mypy"
 	@echo "make simulate        clusters in the simulator (SEEDS=$(SEEDS))"
 	@echo "make fuzz            malformed input (INPUTS=$(INPUTS))"
+	@echo "make chaos           real processes: the scenarios of docs/reliability.md in"
+	@echo "                     full (half an hour), random faults (SECONDS=$(SECONDS))"
 	@echo "make clean           remove what make made, the cluster excepted"
 
 $(BIN)/python:
@@ -53,6 +56,10 @@ simulate: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	NEO_FUZZ=$(INPUTS) $(PYTEST) -n $(WORKERS) tests/fuzz $(ARGS)
+
+chaos: $(VENV)/.test
+	NEO_CHAOS=$(SECONDS) $(PYTEST) tests/cluster/test_chaos.py \
+	    tests/cluster/test_scenarios_*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist neoppod.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -473,6 +473,10 @@ class World(Cluster):
             if name not in self.processes:
                 self.start_node(name)
 
+    def repair_table(self) -> None:
+        """Balance the table again, as an operator does after interrupted tweaks."""
+        until(lambda: not self.neoctl("tweak")[0], "tweak", 2 * PATIENCE)
+
     def stop_clients(self) -> None:
         """SIGTERM; all must end well."""
         for process in self.workers.values():

@@ -146,6 +146,16 @@ class Network(threading.Thread):
 
         self._call(refuse)
 
+    def allow(self, source: str, target: str) -> None:
+        """End of `refuse`."""
+
+        def allow() -> None:
+            if (source, target) in self._refused:
+                self._refused.remove((source, target))
+                self._listen(source, target)
+
+        self._call(allow)
+
     def delay(self, source: str, target: str, seconds: float) -> None:
         """What `source` says takes so long to reach `target`; 0: no time."""
         self._call(lambda: self._delays.update({(source, target): seconds}))
@@ -161,7 +171,7 @@ class Network(threading.Thread):
             self._silent.clear()
             self._delays.clear()
             self._damages.clear()
-            for way in self._refused:
+            for way in sorted(self._refused):
                 self._listen(*way)
             self._refused.clear()
 

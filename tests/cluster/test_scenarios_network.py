@@ -40,7 +40,7 @@ def test_13_reset_storage_master(tmp_path: Path) -> None:
     with World(tmp_path, network=True) as world:
         net = network(world)
         gaps = []
-        for i in times(6, 200):
+        for i in times(6, 100):
             storage = world.storage_names[i % 3]
             with world.measured() as m:
                 net.reset(storage, world.primary)
