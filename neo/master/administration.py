@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection
 from neo.lib.handler import denied
@@ -23,8 +24,12 @@ from neo.lib.protocol import (
 )
 
 from . import policy
+from .checking import Checks
 from .phase import NOT_RESILIENT, Identified
 from .running import Running, Stopping
+
+if TYPE_CHECKING:
+    from .app import Master
 
 BACKUP = (
     ClusterState.STARTING_BACKUP,
@@ -35,6 +40,10 @@ BACKUP = (
 
 class Administration(Identified):
     """An admin node, which relays the commands of neoctl."""
+
+    def __init__(self, master: Master) -> None:
+        super().__init__(master)
+        self.checks = Checks(master)
 
     # --- the cluster ------------------------------------------------------------------
 
@@ -238,22 +247,40 @@ class Administration(Identified):
         min_tid: Tid,
         max_tid: Tid | None,
     ) -> None:
-        master, pt = self.master, self.master.pt
+        bound = self._check_bounds(partitions, max_tid)
+        if min_tid <= bound:
+            self._check_replicas(partitions, min_tid, bound)
+        conn.acknowledge()
+
+    def ask_check(
+        self,
+        conn: Connection,
+        partitions: Mapping[UInt, Nid | None],
+        min_tid: Tid,
+        max_tid: Tid | None,
+        repair: bool,
+    ) -> None:
+        bound = self._check_bounds(partitions, max_tid)
+        self.checks.start(conn.defer(), partitions, min_tid, bound, repair)
+
+    def _check_bounds(
+        self, partitions: Mapping[int, int | None], max_tid: bytes | None
+    ) -> bytes:
+        """The last tid to look at. Raises Refused."""
+        pt = self.master.pt
         self._running("checkReplicas")
         for partition, source in partitions.items():
             if partition >= pt.np:
                 raise denied(f"partition {partition} does not exist")
             if source is not None and (
-                pt.state(partition, self._storage(source).nid or 0) not in READABLE
+                self._storage(source).state is not NodeState.RUNNING
+                or pt.state(partition, source) not in READABLE
             ):
                 raise denied(
                     f"{nid_str(source)} has no readable copy of partition {partition}"
                 )
-        if max_tid is None:
-            max_tid = master.transactions.last_tid
-        if min_tid <= max_tid:
-            self._check_replicas(partitions, min_tid, max_tid)
-        conn.acknowledge()
+        last_tid = self.master.transactions.last_tid
+        return last_tid if max_tid is None else min(max_tid, last_tid)
 
     def _check_replicas(
         self, partitions: Mapping[int, int | None], min_tid: bytes, max_tid: bytes

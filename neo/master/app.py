@@ -144,7 +144,7 @@ class Master:
         self.transactions = Transactions(self)
         self.packs = PackOrders(self)
         self.identification = Identification(self)
-        self.admin_handler: Handler = Administration(self)
+        self.admin_handler = Administration(self)
         self.master_handler: Handler = Identified(self)
         self.dismissed = Dismissed(self)
         # By `check()`: phase, ptid, last tid.

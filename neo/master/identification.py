@@ -126,6 +126,11 @@ class Identification(Handler):
         if kind is NodeType.CLIENT:
             self._client(conn, claim, node)
         elif kind is NodeType.STORAGE:
+            if seconds := master.primary.put_aside(node):
+                raise not_ready(
+                    "put aside: it did not get ready in time, or clients can't reach"
+                    f" it; it may come again in {seconds:.0f} s"
+                )
             state = master.primary.storage_state(node)
             self._accept(conn, claim, node, state, master.primary.storage)
         elif kind is NodeType.ADMIN:

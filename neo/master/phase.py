@@ -187,6 +187,10 @@ class PrimaryPhase(Phase):
             return NodeState.RUNNING
         return NodeState.PENDING
 
+    def put_aside(self, node: Node | None) -> float:
+        """Seconds for which a storage that identifies must stay away."""
+        return 0.0
+
     def may_clone(self) -> bool:
         """Can a copied database get its node id now?"""
         return False

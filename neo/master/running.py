@@ -61,6 +61,9 @@ class Running(PrimaryPhase):
                 self.start_storage(node)
         self.table_changed()
 
+    def leave(self) -> None:
+        self.master.admin_handler.checks.abort("the cluster is not RUNNING any more")
+
     @property
     def operational(self) -> bool:
         return True
@@ -83,6 +86,12 @@ class Running(PrimaryPhase):
 
     def may_clone(self) -> bool:
         return True
+
+    def put_aside(self, node: Node | None) -> float:
+        if node is None or node.nid is None:
+            return 0.0
+        now = self.master.runtime.monotonic()
+        return self.master.transactions.reputation.aside(node.nid, now)
 
     def joined(self, node: Node, conn: Connection) -> None:
         master = self.master
@@ -150,6 +159,9 @@ class Running(PrimaryPhase):
         again = False
         for nid in late:
             if master.operational_without((nid,)):
+                if any(node.nid == nid for node in master.transactions.starting):
+                    now = master.runtime.monotonic()
+                    master.transactions.reputation.idle(nid, now)
                 master.expel(nid, f"nothing done for {limit:g} s")
                 if not self._goes_on():
                     return

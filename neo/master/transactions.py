@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection, Reply, encode_tail
@@ -39,9 +40,11 @@ from neo.lib.protocol import (
     NotifyTransactionFinished,
     NotifyUnlockInformation,
     Pack,
+    Ping,
 )
 from neo.lib.util import add_tid, p64, u64
 
+from .reputation import Reputation
 from .settling import Settling
 from .tid import clock_tid, final_tid, next_tid
 
@@ -58,6 +61,8 @@ FUTURE_STEP = 1 << 32
 # Of ids, after those of a former primary, if the clock is late: up to one minute.
 ID_GAP = 1 << 32
 NEW_OIDS_MAX = 1 << 16
+# Who answers a Ping within this time (seconds) is healthy.
+ALIVE = 1.0
 # Requests that wait; beyond, clients are told to come again later.
 PARKED_MAX = 100_000
 # Transactions that are remembered as dropped.
@@ -73,6 +78,7 @@ class Transaction:
         "begun",
         "client",
         "failed",
+        "healthy",
         "imposed",
         "involved",
         "oids",
@@ -94,6 +100,7 @@ class Transaction:
         self.begun = begun
         self.imposed = imposed  # the tid came with the begin
         self.failed: dict[int, None] = {}  # nids where writes failed (FailedVote)
+        self.healthy: dict[int, None] = {}  # of these, those that answer us
         # Connections to tell its end: storages that replicate.
         self.watchers: dict[Connection, None] = {}
         self.asking: list[Reply] = []  # AskFinalTID
@@ -130,6 +137,7 @@ class Transactions:
         self._offset = self.runtime.now() - self.runtime.monotonic()
         self._given = ZERO_TID  # the greatest id that was made, for as long as we live
         self.settling = Settling(master, self._settled)
+        self.reputation = Reputation()
         self.reset()
 
     def reset(self) -> None:
@@ -166,6 +174,7 @@ class Transactions:
         del self.starting[node]
         self.rank += 1
         assert node.nid is not None
+        self.reputation.ready(node.nid)
         self.ready[node.nid] = self.rank, node.connection
         self._retry_begins()
 
@@ -265,7 +274,7 @@ class Transactions:
 
     def begin(self, conn: Connection, tid: bytes | None) -> None:
         """AskBeginTransaction."""
-        if self.starting or self.stopping:
+        if self.stopping or self._awaits_storages():
             # A client must know whether it has to write to a storage.
             if len(self._begins) >= PARKED_MAX:
                 raise not_ready("too many transactions wait to begin")
@@ -273,6 +282,12 @@ class Transactions:
             return
         assert conn.node is not None
         conn.answer(AnswerBeginTransaction, self._begin(conn.node, tid))
+
+    def _awaits_storages(self) -> bool:
+        """Is a storage starting that clients would have to write to?"""
+        return bool(self.starting) and any(
+            node.nid in row for node in self.starting for row in self.master.pt.rows
+        )
 
     def _begin(self, client: Node, tid: bytes | None) -> bytes:
         if tid is None:
@@ -312,7 +327,7 @@ class Transactions:
             raise ProtocolError(f"invalid tid {tid.hex()}")
 
     def _retry_begins(self) -> None:
-        while self._begins and not (self.starting or self.stopping):
+        while self._begins and not (self.stopping or self._awaits_storages()):
             reply, tid = self._begins.popleft()
             if reply.closed:
                 continue
@@ -343,13 +358,44 @@ class Transactions:
         return {n: None for n in nids if n in ready and ready[n][0] <= begun}
 
     def failed_vote(self, conn: Connection, ttid: bytes, nids: Sequence[int]) -> None:
-        """FailedVote: arbitrate, so that each partition keeps a complete replica."""
+        """FailedVote: arbitrate, so that each partition keeps a complete replica.
+
+        If a storage is dead, we shall hear of it, and needn't blame it for anything.
+        """
         transaction = self._first_phase(conn, ttid)
-        failed = self._took_part(transaction, nids)
-        if not self._arbitrate(conn.defer(), transaction, failed):
-            if len(self._votes) >= PARKED_MAX:
-                raise not_ready("too many failed votes wait")
-            self._votes.append((conn.defer(), transaction, failed))
+        if len(self._votes) >= PARKED_MAX:
+            raise not_ready("too many failed votes wait")
+        vote = conn.defer(), transaction, self._took_part(transaction, nids)
+        asked = dict.fromkeys(vote[2])
+
+        def look() -> None:
+            if not asked:
+                self._votes.append(vote)
+                self._retry_votes()
+
+        def alive(nid: int) -> None:
+            if nid in asked:
+                del asked[nid]
+                transaction.healthy[nid] = None
+                look()
+
+        def lost(nid: int, code: int | None, text: str) -> None:
+            if nid in asked:
+                del asked[nid]
+                look()
+
+        def too_late() -> None:
+            if asked:
+                asked.clear()
+                look()
+
+        for nid in list(asked):
+            storage = self.ready[nid][1]
+            storage.ask(Ping).then(partial(alive, nid), partial(lost, nid))
+        if asked:
+            self.runtime.call_later(ALIVE, too_late)
+        else:
+            look()
 
     def _arbitrate(
         self, reply: Reply, transaction: Transaction, failed: dict[int, None]
@@ -483,6 +529,8 @@ class Transactions:
         for nid in self._took_part(transaction, failed):
             # Outdated before any lock is requested: verification relies on that.
             if nid in holders:
+                if nid in transaction.healthy:
+                    self.reputation.unreachable(nid, self.runtime.monotonic())
                 master.expel(nid, f"writes of {ttid.hex()} failed there")
                 if self.in_progress.get(ttid) is not transaction:
                     return  # the operation is over
@@ -647,7 +695,7 @@ class Transactions:
             assert client in self.clients or not mine, client
             for ttid, transaction in mine.items():
                 assert self.in_progress.get(ttid) is transaction, transaction
-        assert (
-            not self.queue or self.queue[0].waiting or self.settling.owing
-        ), self.queue
+        assert not self.queue or self.queue[0].waiting or self.settling.owing, (
+            self.queue
+        )
         assert all(node.connection is not None for node in self.settling.owing)

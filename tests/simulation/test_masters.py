@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,13 @@ from tests.simulation.test_cluster import World
 STANDARD = Shape(masters=2, storages=3, replicas=1, partitions=12, clients=2, admins=1)
 
 
-def world_of(shape: Shape = STANDARD) -> World:
+QUIET = Shape(masters=2, storages=3, replicas=1, partitions=3, clients=2)
+
+
+def world_of(shape: Shape = STANDARD, think: float = 0.1) -> World:
     """A running cluster whose clients are not too busy: much time passes here."""
     world = World(shape)
-    world.tokens.think = 0.1
+    world.tokens.think = think
     world.commits(10)
     return world
 
@@ -240,4 +244,61 @@ def test_nothing_is_acknowledged_that_the_others_miss(touches: str) -> None:
     world.sim.heal()
     world.commits(10)
     world.cluster.restart()
+    world.audit()
+
+
+# --- storages of no use ---------------------------------------------------------------
+
+
+def count_losses(world: World, name: str) -> list[float]:
+    """Times at which a storage loses its master, from now on."""
+    app = world.sim.app(name)
+    times: list[float] = []
+    lost = app.master_lost
+
+    def master_lost(conn: Any) -> None:
+        times.append(world.sim.time)
+        lost(conn)
+
+    app.master_lost = master_lost
+    return times
+
+
+def test_clients_cannot_reach_a_healthy_storage() -> None:
+    """Row 16: it is disconnected once a minute, more or less, and commits go on."""
+    world = world_of(QUIET, think=1)
+    since = world.sim.time
+    for name in world.cluster.clients:
+        world.sim.link(name, "s1").refused = True
+        world.sim.reset(name, "s1")
+    times = count_losses(world, "s1")
+    world.sim.run(150)
+    assert gap(world, since) <= 5
+    assert 3 <= len(times) <= 4, times
+    world.sim.heal()
+    world.sim.run_until(lambda: world.cluster.healthy, 65)
+    world.audit()
+
+
+def test_a_link_that_breaks_once_costs_no_minute() -> None:
+    """Scenario 48: the storage comes back, and is up to date, at once."""
+    world = world_of(QUIET, think=1)
+    for _ in range(2):
+        times = count_losses(world, "s1")
+        while not times:
+            world.sim.reset("c0", "s1")
+            world.sim.run(0.1)
+        world.sim.run_until(lambda: world.cluster.healthy, 5)
+        world.sim.run(121)
+    world.audit()
+
+
+def test_dead_storages_are_not_blamed() -> None:
+    """However often they die, they come back at once (rows 1 and 2)."""
+    world = world_of()
+    for _ in range(5):
+        world.cluster.crash("s1")
+        world.commits(5)
+        world.cluster.restart("s1")
+        world.sim.run_until(lambda: world.cluster.healthy, 5)
     world.audit()

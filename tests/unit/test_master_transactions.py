@@ -10,6 +10,7 @@ from neo.lib.protocol import (
     MAX_TID,
     ZERO_TID,
     AbortTransaction,
+    AddPendingNodes,
     AskBeginTransaction,
     AskFinalTID,
     AskFinishTransaction,
@@ -596,3 +597,27 @@ def test_who_does_not_confirm_the_table(held: int) -> None:
     world.storage(f"S{held}").release("AskPackOrders")
     world.until(lambda: outcome.over)
     assert outcome.answer is not None
+
+
+def test_added_storage_that_never_gets_ready() -> None:
+    """Row 26 of testing.md 9: nobody waits for it, and it is put aside."""
+    world = cluster()
+    client = world.client("C1")
+    world.storages("S3", hold=["StartOperation"])
+    world.call(world.admin(), AddPendingNodes, [3])
+    since = world.sim.time
+    commit(world, client, 1)  # it has no cell
+    assert world.sim.time < since + 1
+    storage = world.storage("S3")
+    world.until(lambda: storage.lost, 20)
+    world.until(lambda: storage.errors, 5)
+    assert storage.errors[0][0] == ErrorCode.NOT_READY
+    assert "put aside" in storage.errors[0][1]
+    since = world.sim.time
+    world.until(lambda: len(storage.of("StartOperation")) > 1, 70)
+    assert world.sim.time > since + 50
+    world.until(lambda: len(storage.of("StartOperation")) > 2, 150)
+    assert world.sim.time > since + 180  # for longer each time
+    world.storage("S3").release("StartOperation")
+    world.settle()
+    assert not world.master.transactions.starting
