@@ -94,10 +94,6 @@ class _File:
     def __init__(self) -> None:
         self.durable = bytearray()
         self.pending: list[Call] = []  # not synced yet
-        self.lost: list[Call] = []  # in memory only: their sync failed
-
-    def synced(self) -> bytearray:
-        return bytearray(self.durable)
 
 
 def _apply(content: bytearray, call: Call) -> None:
@@ -137,6 +133,13 @@ class Disk:
         self._pending_names: list[Call] = []
         self._files: dict[str, _File] = {}  # by the name they had when created
 
+    def add(self, name: str, data: bytes) -> None:
+        """A file that has always been there."""
+        file = self._files[name] = self._names[name] = self._durable_names[name] = (
+            _File()
+        )
+        file.durable += data
+
     def do(self, call: Call) -> None:
         """The next call of the record."""
         if call.op in (CREATE, UNLINK, RENAME):
@@ -153,12 +156,11 @@ class Disk:
             self._names[call.name].pending.append(call)
         else:
             file = self._names[call.name]
-            if call.error:
-                # The pages are marked as clean: the next sync says that all is well.
-                file.lost += file.pending
-            else:
+            if not call.error:
                 for pending in file.pending:
                     _apply(file.durable, pending)
+            # Even if it failed: the system takes the pages for clean, and the next sync
+            # says that all is well.
             file.pending.clear()
 
     def _enter(self, names: dict[str, _File], call: Call, file: _File) -> None:
@@ -181,7 +183,7 @@ class Disk:
         """All that was written, whether synced or not."""
         image = {}
         for name, file in self._names.items():
-            content = file.synced()
+            content = bytearray(file.durable)
             for call in file.pending:
                 _apply(content, call)
             image[name] = bytes(content)
@@ -195,7 +197,7 @@ class Disk:
         for call in self._pending_names[:keep]:
             self._enter(names, call, self._files[call.name])
         for name, file in names.items():
-            content = file.synced()
+            content = bytearray(file.durable)
             for call in file.pending:
                 for piece in _pieces(call):
                     if rng.random() < 0.5:

@@ -36,7 +36,8 @@ PACK = PackOrder(None, False, None, p64(50))
 COPY = Transaction(b"", b"", b"", [p64(3)], False, p64(115), None)
 COPY_OF_PACK = COPY._replace(ttid=p64(118), pack=PACK)
 
-#: (durable, calls of the writer face). "checkpoint" stands alone.
+#: (durable, calls of the writer face); some methods stand alone
+ALONE = "checkpoint", "erase"
 SCRIPT: list[tuple[bool, list[tuple[Any, ...]]]] = [
     (True, [("set_nid", NID), ("change_partition_table", 1, 0, TABLE, True)]),
     (True, [("vote", p64(99), stores(o1=b"a", o2=b"b"), META)]),
@@ -96,14 +97,15 @@ SCRIPT: list[tuple[bool, list[tuple[Any, ...]]]] = [
     (True, [("change_partition_table", 5, 1, TABLE, True)]),
     (True, [("vote", p64(129), stores(o1=b"h"), None)]),
     (True, [("drop_unfinished",)]),
+    (True, [("erase",)]),
 ]
 
 
 def run(db: Backend, step: int) -> None:
     """Do one step."""
     durable, calls = SCRIPT[step]
-    if calls == [("checkpoint",)]:
-        db.checkpoint()
+    if calls[0][0] in ALONE:
+        getattr(db, calls[0][0])()
         return
     db.begin(durable)
     try:

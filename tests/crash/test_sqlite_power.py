@@ -10,14 +10,15 @@ import errno
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random  # noqa: TID251  # with a seed of its own
 from typing import Any
 
 import pytest
 
+from neo.storage.database.memory import MemoryBackend
 from neo.storage.database.sqlite import SQLiteBackend
 
 from .disk import SYNC, WRITE, Call, Control, Disk, Image, calls, library
@@ -25,20 +26,13 @@ from .script import SCRIPT, check, content, run, states
 
 MODES = ["", "?journal_mode=delete"]
 ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "tests" / "samples"
 
 
 @pytest.fixture(scope="module")
 def disk_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """See `disk.c`."""
     return library(tmp_path_factory.mktemp("library"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory, if there is one: nothing is really lost here."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as path:
-        yield Path(path)
 
 
 def victim(
@@ -132,6 +126,36 @@ def reopen(
 
 
 @pytest.mark.parametrize("query", MODES)
+@pytest.mark.parametrize("sample", ["e-v0", "e-v3"])
+def test_power_loss_in_migration(
+    folder: Path, disk_library: str, query: str, sample: str
+) -> None:
+    """From an old format: all of it or nothing, and then it is done again."""
+    old = (SAMPLES / f"{sample}.sqlite").read_bytes()
+    (folder / "data").mkdir()
+    (folder / "data" / "db").write_bytes(old)
+    record, _ = victim(folder, disk_library, query, "open")
+    backend = MemoryBackend(old)
+    expected = content(backend)
+    backend.close()
+    disk = Disk()
+    disk.add("db", old)
+    rng = Random(len(record))
+    for number, call in enumerate(record):
+        if call.name == "marks":
+            continue
+        disk.do(call)
+        for kind in range(3):
+            images = disk.nothing_more, disk.everything, partial(disk.something, rng)
+            path = put(images[kind](), folder / f"{number}.{kind}")
+            db = SQLiteBackend(f"file:{path}{query}")
+            assert db._query("PRAGMA integrity_check") == [("ok",)]
+            assert content(db) == expected
+            db.close()
+    assert number > 5
+
+
+@pytest.mark.parametrize("query", MODES)
 def test_failed_sync(folder: Path, disk_library: str, query: str) -> None:
     """After a sync that failed, a restart doesn't trust what is in memory only.
 
@@ -161,7 +185,11 @@ def test_failed_sync(folder: Path, disk_library: str, query: str) -> None:
 def test_errors(
     folder: Path, disk_library: str, query: str, kind: int, error: int, forever: bool
 ) -> None:
-    """The n-th write or sync fails: one line that names the file, no false promise."""
-    args = error, kind, int(forever), 3 if query else 1
+    """The n-th write or sync fails: one line that names the file, no false promise.
+
+    NEO_CRASH: for each n, else for some.
+    """
+    stride = (1 if kind == SYNC else 3) * (3 if query else 1)
+    args = error, kind, int(forever), 1 if os.environ.get("NEO_CRASH") else stride
     _, said = victim(folder, disk_library, query, "fail", *args, record=False)
     assert int(said) > 10

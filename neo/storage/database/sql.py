@@ -53,10 +53,10 @@ class SQLBackend(SQLMaintenance):
             self._load_unfinished()
             self._remove_stale_pack_orders()
             self._remove_spilled()
+            self.commit()
         except BaseException:
             self.rollback()
             raise
-        self.commit()
 
     def drop_tables(self) -> None:
         for table in self.TABLES:
