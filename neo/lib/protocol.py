@@ -977,6 +977,10 @@ FEATURE_EARLY_VOTE = b"early-vote"
 # refused with INCOMPLETE_TRANSACTION.
 FEATURE_LEASE = b"lease"
 
+# Replicas are compared, also the data, and damaged values repaired: between storages,
+# from a master to a storage, from a client to a storage.
+FEATURE_CHECK = b"check"
+
 
 @packet(0x7000, "S -> C, M -> S")
 def NotifyFeatures(features: Sequence[bytes]) -> None:
@@ -996,3 +1000,63 @@ def AskSize() -> None:
 @packet(0x7002, "S -> M, M -> S")
 def NotifyStalledTransaction(ttid: Tid) -> None:
     """Others wait for a transaction whose client does nothing (feature `lease`)."""
+
+
+@packet(0xF003, "S -> S")
+def AnswerDigests(
+    items: Sequence[tuple[Tid, Oid, bytes]], next_tid: Tid | None, next_oid: Oid | None
+) -> None:
+    """8 bytes for each, none for what is damaged; and where to go on."""
+
+
+@packet(0x7003, "S -> S", AnswerDigests)
+def AskDigests(
+    partition: UInt,
+    of_objects: bool,
+    length: UInt,
+    min_tid: Tid,
+    min_oid: Oid,
+    max_tid: Tid,
+) -> None:
+    """Ask for digests of transactions or object records of a range (`check`)."""
+
+
+@packet(0xF004, "S -> M")
+def AnswerCheckCell(
+    missing: UInt,
+    extra: UInt,
+    different: UInt,
+    damaged: UInt,
+    repaired: UInt,
+    problems: Sequence[bytes],
+) -> None:
+    """What is wrong with a cell, and why it could not be compared with others."""
+
+
+@packet(0x7004, "M -> S", AnswerCheckCell)
+def AskCheckCell(
+    partition: UInt, reference: Nid | None, min_tid: Tid, max_tid: Tid, repair: bool
+) -> None:
+    """Compare a cell with the other readable ones, or with the reference (`check`)."""
+
+
+@packet(0xF005, "M -> A -> ctl")
+def AnswerCheck(
+    cells: Sequence[tuple[UInt, Nid, UInt, UInt, UInt, UInt, UInt, Sequence[bytes]]],
+) -> None:
+    """Partition, node, and what AnswerCheckCell says, of each cell."""
+
+
+@packet(0x7005, "ctl -> A -> M", AnswerCheck)
+def AskCheck(
+    partitions: Mapping[UInt, Nid | None],
+    min_tid: Tid,
+    max_tid: Tid | None,
+    repair: bool,
+) -> None:
+    """Compare replicas, with a reference (node) or with each other, and tell."""
+
+
+@packet(0x7006, "C -> S, S -> S")
+def NotifyDamaged(oid: Oid, tid: Tid) -> None:
+    """A value that the receiver sent doesn't have its checksum (feature `check`)."""
