@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from neo.lib.exception import BackendError, ConfigurationError
@@ -60,7 +59,7 @@ def parse_location(text: str) -> Location:
         )
     user, password, database, path = match.groups()
     if path is not None:
-        path = str(Path(path).expanduser())
+        path = os.path.expanduser(path)
     return Location(user or None, password, database, path)
 
 
