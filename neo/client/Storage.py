@@ -12,7 +12,7 @@ import contextlib
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from os import getpid
 from pickle import PicklingError, loads
 from typing import Any
@@ -50,6 +50,7 @@ from .exception import (
     NEOStorageError,
     NEOStorageNotFoundError,
 )
+from .metadata import Information
 from .transactions import NO_DATA, Transaction, begin
 
 log = logging.getLogger(__name__)
@@ -401,7 +402,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         if last < 0:
             last = first - last
 
-        def describe(info: iteration.Information) -> dict[str, Any]:
+        def describe(info: Information) -> dict[str, Any]:
             return {
                 **_extension(info[3]),
                 "id": info[0],
@@ -414,7 +415,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         if filter is not None:
             accept = filter
 
-            def keep(info: iteration.Information) -> object:
+            def keep(info: Information) -> object:
                 extra = {"packed": info[4], "oids": info[5]}
                 return accept({**describe(info), **extra})
 
@@ -620,10 +621,12 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
     # --- undo -------------------------------------------------------------------------
 
     def undo(self, transaction_id: bytes, transaction: Any) -> tuple[None, list[bytes]]:
-        """See IStorageUndoable; returns the oids."""
+        """See IStorageUndoable; returns the oids. Conflicts may surface at vote."""
         self._check_writable()
         txn = self._transaction_of(transaction)
         tid = _undo_tid(transaction_id)
+        if txn.oids:
+            self._wait_stores(txn)  # the storages must know what is undone already
         with self._runtime:
             plan = txn.undo_plan(tid)
         for oid, (current, former, is_current) in plan.items():
@@ -638,7 +641,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             record = NO_DATA if data is None else compress_data(data, self._level)
             with self._runtime.gathering:
                 txn.store(oid, current, data, record, data_serial)
-        self._wait_stores(txn)
+        self._resolve(txn)
         return None, list(plan)
 
     def _resolve_undo(
@@ -720,7 +723,7 @@ class TransactionIterator:
         self._storage = storage
         self._start = start
         self._stop = stop
-        self._read: deque[iteration.Information] = deque()
+        self._read: deque[Record] = deque()
         self._ended = start > stop
 
     def __iter__(self) -> TransactionIterator:
@@ -731,14 +734,16 @@ class TransactionIterator:
             storage = self._storage
             with storage._runtime:
                 part = iteration.transactions(storage._core, self._start, self._stop)
-            self._read.extend(part)
+            records = iteration.Records(storage._core, part)
+            for index, info in enumerate(part):
+                self._read.append(Record(storage, info, records, index))
             if part:
                 self._start = add64(part[-1][0], 1)
             else:
                 self._ended = True
         if not self._read:
             raise StopIteration
-        return Record(self._storage, self._read.popleft())
+        return self._read.popleft()
 
     next = __next__
 
@@ -751,15 +756,22 @@ class TransactionIterator:
 class Record(TransactionRecord):
     """A transaction, iterable: its records."""
 
-    def __init__(self, storage: Storage, info: iteration.Information) -> None:
-        tid, user, description, extension, packed, oids = info
+    def __init__(
+        self,
+        storage: Storage,
+        info: Information,
+        records: iteration.Records,
+        index: int,
+    ) -> None:
+        tid, user, description, extension, packed, _ = info
         super().__init__(tid, "p" if packed else " ", user, description, extension)
         self._storage = storage
-        self._oids: Sequence[bytes] = oids
+        self._records = records
+        self._index = index
 
     def __iter__(self) -> Iterator[DataRecord]:
         storage, tid = self._storage, self.tid
-        slices = iteration.records(storage._core, tid, self._oids)
+        slices = self._records.of(self._index)
         while True:
             with storage._runtime:
                 rows = next(slices, None)

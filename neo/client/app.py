@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha1
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from neo.lib.bootstrap import Bootstrap, Identity
@@ -31,6 +32,7 @@ from neo.lib.exception import NeoError, ProtocolError
 from neo.lib.handler import Handler
 from neo.lib.node import Node, NodeManager, nid_str
 from neo.lib.protocol import (
+    FEATURE_CHECK,
     FEATURE_EARLY_VOTE,
     FEATURE_SIZE,
     FEATURES,
@@ -46,6 +48,7 @@ from neo.lib.protocol import (
     NodeRow,
     NodeState,
     NodeType,
+    NotifyDamaged,
     Packet,
     Ping,
     RequestIdentification,
@@ -67,6 +70,7 @@ from .exception import (
     NEOStorageTransientError,
     NEOStorageWrongChecksum,
 )
+from .metadata import Informations
 from .turns import Turns
 
 if TYPE_CHECKING:
@@ -283,7 +287,7 @@ class StorageIdentification(Handler):
             None,
             app.options.cluster.encode(),
             None if me is None else me.id_timestamp,
-            {FEATURES: [FEATURE_SIZE, FEATURE_EARLY_VOTE]},
+            {FEATURES: [FEATURE_SIZE, FEATURE_EARLY_VOTE, FEATURE_CHECK]},
         ).then(
             lambda *args: self._accepted(conn, *args),
             lambda code, text: (
@@ -365,6 +369,7 @@ class ClientApp:
             self.nm.add(NodeType.MASTER, None, address)
         self.pt = PartitionTable()
         self.cache = ClientCache(options.cache_size)
+        self.informations = Informations()
         self.db: Any = None
         self.nid: int | None = None
         self.last_tid: bytes | None = None
@@ -424,6 +429,7 @@ class ClientApp:
     def _synchronise(self, tid: bytes) -> None:
         """Compare with what we knew. Source: behaviour.md 9.4, rule 3."""
         previous = self.last_tid
+        self.informations.clear()
         if previous is not None and tid != previous:
             if tid < previous:
                 self.truncations += 1
@@ -764,6 +770,7 @@ class ClientApp:
             self.connect()
             session = self.session
             failures = rejected = 0
+            refusal: Refusal | None = None
             while self.session == session and self.ready:
                 partition = self.pt.partition_of(key)
                 readable = self._order(partition)
@@ -791,11 +798,16 @@ class ClientApp:
                     elif answer.code is None:
                         failures += 1
                     elif answer.code != ErrorCode.NON_READABLE_CELL:
-                        raise Refusal(answer.code, answer.text)
+                        # Rows may be missing on one replica.
+                        refusal = Refusal(answer.code, answer.text)
+                        if load is None or len(readable) == 1:
+                            raise refusal
                     if self.session != session:
                         break
                 if self.session != session or not self.ready:
                     break
+                if refusal is not None:
+                    raise refusal
                 now = self.runtime.monotonic()
                 give_up = give_up or now + self.options.limits.storage_timeout
                 if failures > len(readable) and (rejected or now >= give_up):
@@ -813,16 +825,17 @@ class ClientApp:
     def read_many(
         self, requests: Iterable[Request], window: int = WINDOW
     ) -> Iterator[tuple[Any, ...] | Refusal]:
-        """Answers in the order of the requests, of which `window` are in flight."""
+        """Answers in the order of the requests, of which up to `window` are in flight.
+
+        More are sent when half of them are answered, not one by one.
+        """
         source = iter(requests)
         flying: deque[tuple[Request, Answer, Connection | None]] = deque()
         self.connect()
         while True:
-            while len(flying) < window:
-                request = next(source, None)
-                if request is None:
-                    break
-                flying.append((request, *self._send_read(request)))
+            if len(flying) <= window // 2:
+                for request in islice(source, window - len(flying)):
+                    flying.append((request, *self._send_read(request)))
             if not flying:
                 return
             (key, packet, args), answer, conn = flying.popleft()
@@ -931,6 +944,8 @@ class ClientApp:
                 load.conn,
             )
             wrong.append(answer)
+            if load.conn is not None and offers(load.conn, FEATURE_CHECK):
+                load.conn.notify(NotifyDamaged, oid, serial)  # so it is repaired
             return False
 
         try:

@@ -28,6 +28,7 @@ from neo.lib.util import add64, p64
 
 from .app import ClientApp, Refusal
 from .exception import NEOStorageError
+from .metadata import Information, Known
 
 CHUNK = 100  # transactions
 PAGE = 1000  # oids
@@ -35,8 +36,6 @@ COUNT_PAGE = 10000
 # Objects that are asked at once: each may be big.
 RECORDS = 64
 
-# tid, user, description, extension, packed, oids
-Information = tuple[bytes, bytes, bytes, bytes, bool, Sequence[bytes]]
 # oid, data, data serial
 RecordRow = tuple[bytes, bytes | None, bytes | None]
 
@@ -71,29 +70,59 @@ def information(app: ClientApp, tids: Sequence[bytes]) -> list[Information]:
     for answer in app.read_many((t, AskTransactionInformation, (t,)) for t in tids):
         if not isinstance(answer, Refusal):
             found.append(answer)
+            app.informations.add(answer)
         elif answer.code != ErrorCode.TID_NOT_FOUND:
             raise _fail(answer)
     return found
 
 
-def records(
-    app: ClientApp, tid: bytes, oids: Sequence[bytes]
-) -> Iterator[list[RecordRow]]:
-    """Slices of what a transaction wrote; what was only checked, or is packed, is left
-    out.
+class Records:
+    """What the transactions of a chunk wrote, read ahead in one stream of requests.
+
+    Who wants the records of one transaction most often wants those of the next: round
+    trips for each would cost more than all the rest. What was only checked, or is
+    packed, is left out.
     """
-    for first in range(0, len(oids), RECORDS):
-        rows: list[RecordRow] = []
-        part = oids[first : first + RECORDS]
-        for answer in app.read_many((oid, AskObject, (oid, tid, None)) for oid in part):
-            if not isinstance(answer, Refusal):
-                rows.append((answer[0], *app.decode(answer)))
-            elif answer.code not in (
-                ErrorCode.OID_NOT_FOUND,
-                ErrorCode.OID_DOES_NOT_EXIST,
-            ):
-                raise _fail(answer)
-        yield rows
+
+    def __init__(self, app: ClientApp, infos: Sequence[Information]) -> None:
+        self._app = app
+        self._infos = infos
+        self._answers: Iterator[tuple[Any, ...] | Refusal] = iter(())
+        self._next: int | None = None  # which one these answers go on with
+        self._stop = 0  # where they end
+        self._streams = 0
+
+    def of(self, index: int) -> Iterator[list[RecordRow]]:
+        """Slices of the records of one transaction."""
+        if self._next != index:
+            # Who does not follow the order, gets no more than is asked.
+            self._stop = index + 1 if self._streams else len(self._infos)
+            self._streams += 1
+            self._answers = self._app.read_many(
+                (
+                    (oid, AskObject, (oid, info[0], None))
+                    for info in islice(self._infos, index, self._stop)
+                    for oid in info[5]
+                ),
+                RECORDS,
+            )
+        self._next = None
+        answers = self._answers
+        number = len(self._infos[index][5])
+        while number > 0:
+            rows: list[RecordRow] = []
+            for answer in islice(answers, min(number, RECORDS)):
+                if not isinstance(answer, Refusal):
+                    rows.append((answer[0], *self._app.decode(answer)))
+                elif answer.code not in (
+                    ErrorCode.OID_NOT_FOUND,
+                    ErrorCode.OID_DOES_NOT_EXIST,
+                ):
+                    raise _fail(answer)
+            number -= RECORDS
+            yield rows
+        if self._answers is answers and index + 1 < self._stop:
+            self._next = index + 1
 
 
 # --- undo log and history -------------------------------------------------------------
@@ -146,8 +175,11 @@ def history(app: ClientApp, oid: bytes, first: int, last: int) -> list[Any]:
     Raises Refusal if there is no such object.
     """
     _, rows = app.read(oid, AskObjectHistory, oid, first, last)
-    found = {info[0]: info for info in information(app, [tid for tid, _ in rows])}
-    return [(tid, size, found.get(tid)) for tid, size in rows]
+    get = app.informations.get
+    found: dict[bytes, Known | None] = {tid: get(tid) for tid, _ in rows}
+    unknown = [tid for tid, info in found.items() if info is None]
+    found.update((info[0], info) for info in information(app, unknown))
+    return [(tid, size, found[tid]) for tid, size in rows]
 
 
 # --- objects --------------------------------------------------------------------------

@@ -912,15 +912,18 @@ class Transaction:
         """
         self.check_session()
         app = self.app
-        try:
-            info = app.read(tid, AskTransactionInformation, tid)
-        except Refusal as refusal:
-            raise NEOStorageNotFoundError(
-                f"transaction {tid.hex()}: {refusal}"
-            ) from None
-        self.check_session()
+        info = app.informations.get(tid)
+        oids = None if info is None else info[5]
+        if oids is None:
+            try:
+                oids = app.read(tid, AskTransactionInformation, tid)[5]
+            except Refusal as refusal:
+                raise NEOStorageNotFoundError(
+                    f"transaction {tid.hex()}: {refusal}"
+                ) from None
+            self.check_session()
+        assert oids is not None
         self.keep_data = True
-        oids: Sequence[bytes] = info[5]
         by_partition: dict[int, list[bytes]] = {}
         for oid in oids:
             by_partition.setdefault(app.pt.partition_of(oid), []).append(oid)

@@ -75,6 +75,21 @@ class Background:
         self._count = 0
         self.is_over = False
 
+    @staticmethod
+    def run(reader: Reader, slices: Slices) -> None:
+        """Execute a short read at once, through the loop's own connection.
+
+        To hand it over would cost several times what it does. Errors are raised.
+        """
+        result: object = None
+        try:
+            while True:
+                job = slices.send(result)
+                assert callable(job), job
+                result = job(reader)
+        except StopIteration:
+            return
+
     def start(self, conn: Connection, slices: Slices) -> None:
         """Execute a read that answers the request being handled on `conn`.
 

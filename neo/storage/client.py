@@ -1,7 +1,8 @@
 """What clients ask of a storage node.
 
-Loads are answered on the loop: one look-up for pending objects, one query. The other
-reads go through the background reader. Source: behaviour 3.3 to 3.10, storage-format 9.
+Loads are answered on the loop: one look-up for pending objects, one query; so are
+short reads of other kinds. Longer ones go through the background reader.
+Source: behaviour 3.3 to 3.10, storage-format 9.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ _u64 = Struct(">Q").unpack
 # Rows read at a time.
 SLICE = 1000
 UNDO_SLICE = 100
+# What is that short, is read on the loop.
+SHORT = 100  # revisions of an object, transactions of a partition
+SHORT_UNDO = 4  # oids
 # Longest list that one request gets (its client asks for the rest).
 PAGE_MAX = 1 << 16
 
@@ -139,18 +143,22 @@ class ClientHandler(Handler):
         conn: Connection,
         find: Callable[[], Transaction | None],
         read: Callable[[int], Slices],
+        short: bool = False,
     ) -> None:
         """Start `read(msg_id)` when `find()` finds no transaction to wait for."""
         transaction = find()
         if transaction is None:
-            self.background.start(conn, read(conn.message_id))
+            if short:
+                self.background.run(self.backend, read(conn.message_id))
+            else:
+                self.background.start(conn, read(conn.message_id))
             return
         msg_id = conn.message_id
 
         def again() -> None:
             conn.message_id = msg_id
             try:
-                self._when_applied(conn, find, read)
+                self._when_applied(conn, find, read, short)
             except Refused as error:
                 refuse(conn, msg_id, error)
 
@@ -180,7 +188,7 @@ class ClientHandler(Handler):
                 raise Refused(ErrorCode.OID_NOT_FOUND, oid.hex())
             conn.send(AnswerObjectHistory, msg_id, (oid, history))
 
-        self._when_applied(conn, find, read)
+        self._when_applied(conn, find, read, last <= SHORT)
 
     def ask_transaction_information(self, conn: Connection, tid: Tid) -> None:
         partition = _u64(tid)[0] % self.np
@@ -204,7 +212,7 @@ class ClientHandler(Handler):
                 ),
             )
 
-        self._when_applied(conn, lambda: self.pending.at(tid), read)
+        self._when_applied(conn, lambda: self.pending.at(tid), read, short=True)
 
     def ask_tids(self, conn: Connection, first: int, last: int, partition: int) -> None:
         if first >= last:
@@ -223,7 +231,8 @@ class ClientHandler(Handler):
                 self._check_readable(number)
             conn.send(AnswerTIDs, msg_id, (tids,))
 
-        self._when_applied(conn, lambda: self.pending.until(MAX_TID), read)
+        short = last <= SHORT and partition != INVALID_PARTITION
+        self._when_applied(conn, lambda: self.pending.until(MAX_TID), read, short)
 
     def ask_tids_from(
         self, conn: Connection, min_tid: Tid, max_tid: Tid, length: int, partition: int
@@ -244,7 +253,8 @@ class ClientHandler(Handler):
                 start = (int.from_bytes(found[-1], "big") + 1).to_bytes(8, "big")
             conn.send(AnswerTIDsFrom, msg_id, (tids,))
 
-        self._when_applied(conn, lambda: self.pending.until(max_tid), read)
+        short = length <= SHORT
+        self._when_applied(conn, lambda: self.pending.until(max_tid), read, short)
 
     def ask_oids_from(
         self, conn: Connection, partition: int, length: int, min_oid: Oid, tid: Tid
@@ -307,7 +317,13 @@ class ClientHandler(Handler):
                 result = {**result, **found}
             conn.send(AnswerObjectUndoSerial, msg_id, (result,))
 
-        self._when_applied(conn, find, read)
+        last_tid_of = self.backend.last_tid_of
+        short = len(oids) <= SHORT_UNDO and all(
+            # Nothing after it: no long chain to follow.
+            last_tid_of(oid) == undone_tid
+            for oid in oids
+        )
+        self._when_applied(conn, find, read, short)
 
     # --- writes -------------------------------------------------------------------
 
@@ -368,6 +384,9 @@ class ClientHandler(Handler):
             self.transactions.abort(ttid)
 
     # --- beyond protocol 5 --------------------------------------------------------
+
+    def notify_damaged(self, conn: Connection, oid: Oid, tid: Tid) -> None:
+        self.operation.checks.damaged(oid, tid)
 
     def ask_size(self, conn: Connection) -> None:
         conn.answer(AnswerSize, self.backend.size())
