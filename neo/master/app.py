@@ -54,7 +54,7 @@ TOLD: dict[NodeType, tuple[NodeType, ...]] = {
 DEFAULT_LIMITS = Limits()
 
 # How long a node may take to exit when told so (seconds).
-DISMISSAL = 5.0
+DISMISSAL = 3.0
 
 # Least difference of two timestamps (seconds).
 TIMESTAMP_STEP = 0.001

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 # How often to look again at a storage that owes something, but is indispensable (s).
 WATCH_AGAIN = 1.0
+# A cluster that stops waits for so long (s) until all clients asked to finish what they
+# began, and until storages have locked that.
+STOP_PATIENCE = 4.0
+STOP_LIMIT = 6.0
 
 
 class Running(PrimaryPhase):
@@ -216,7 +220,10 @@ class Stopping(PrimaryPhase):
         self.master.transactions.stopping = True
         self.master.tell_state()
         # After the answer to the administrator, and not inside whatever asked for it.
-        self.master.runtime.call_later(0, self.transactions_ended)
+        runtime, transactions = self.master.runtime, self.master.transactions
+        runtime.call_later(0, self.transactions_ended)
+        runtime.call_later(STOP_PATIENCE, transactions.abort_first_phases)
+        runtime.call_later(STOP_LIMIT, lambda: self.transactions_ended(anyway=True))
 
     @property
     def operational(self) -> bool:
@@ -230,11 +237,16 @@ class Stopping(PrimaryPhase):
         if self.running is not None:
             self.running.lock_awaited()
 
-    def transactions_ended(self) -> None:
+    def transactions_ended(self, anyway: bool = False) -> None:
+        """The next start verifies what a storage did not lock in time (`anyway`)."""
         master = self.master
-        if self.ending or master.stopped or master.transactions.in_progress:
+        if self.ending or master.stopped:
+            return
+        if master.transactions.in_progress and not anyway:
             return
         self.ending = True
+        master.forget_operation()
+        master.transactions.stopping = True
         master.runtime.unlisten()
         for node in master.nodes.identified(NodeType.STORAGE):
             master.dismiss(node, NodeState.DOWN)

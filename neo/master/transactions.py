@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 CLOCK_STEP = 1.0
 # How far in the future an imposed tid may be (seconds): those of a database that was
 # made on a machine with a wrong clock would hold back all later ones.
-FUTURE_MAX = 2 * 86400.0
+FUTURE_MAX = 86400.0
 # After the last tid, even if that is too far in the future already: one minute.
 FUTURE_STEP = 1 << 32
 # Of ids, after those of a former primary, if the clock is late: up to one minute.
@@ -437,6 +437,15 @@ class Transactions:
         if transaction.tid is not None:
             raise ProtocolError(f"transaction {ttid.hex()} is being finished")
         self._drop(transaction, nids)
+        self._ended()
+
+    def abort_first_phases(self) -> None:
+        """The operation ends: who has not asked to finish waited for too long."""
+        assert self.stopping
+        for transaction in list(self.in_progress.values()):
+            if transaction.tid is None:
+                self.log.warning("%r: aborted, the cluster stops", transaction)
+                self._drop(transaction, list(self.ready))
         self._ended()
 
     def stalled(self, conn: Connection, ttid: bytes) -> None:

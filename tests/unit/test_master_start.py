@@ -387,6 +387,36 @@ def test_stop_from_other_states(held: str) -> None:
         world.until(lambda name=name: world.sim.app(name) is None)
 
 
+@pytest.mark.parametrize("stalled", ["begun", "voted", "finishing"])
+def test_stop_does_not_wait_for_ever(stalled: str) -> None:
+    """Row 37 of testing.md 9: all is over in 10 s; what storages owe is verified."""
+    world = two()
+    client = world.client("C1")
+    (ttid,) = world.call(client, AskBeginTransaction, None)
+    if stalled == "voted":
+        for disk in world.disks.values():
+            disk.temporary[ttid] = None
+    if stalled == "finishing":
+        world.storage("S1").hold.add("AskLockInformation")
+        args = ttid, [p64(1)], [], [], None
+        outcome = world.ask(client, AskFinishTransaction, *args)
+        world.settle()
+    world.call(world.admin(), SetClusterState, ClusterState.STOPPING)
+    names = "M0", "S1", "S2"
+    world.until(lambda: all(world.sim.app(name) is None for name in names), 10)
+    assert all(world.sim.process(name).status == 0 for name in names)
+    if stalled == "finishing":
+        world.until(lambda: outcome.over)
+        assert outcome.error is not None  # unknown
+        assert world.disks["S2"].temporary
+        world.disks["S1"].temporary[ttid] = None
+    world.start_master(0)
+    world.storages("S1", "S2")
+    world.running()
+    committed = [len(disk.committed) for disk in world.disks.values()]
+    assert committed == ([1, 1] if stalled == "finishing" else [0, 0])
+
+
 def test_late_packets_of_a_former_phase() -> None:
     """Scenarios 36 and 37: NotifyReady and a lock that come during the recovery."""
     world = World(autostart=2, partitions=2)

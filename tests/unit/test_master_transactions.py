@@ -28,7 +28,7 @@ from neo.lib.protocol import (
     NotifyReplicationDone,
     WaitForPack,
 )
-from neo.lib.util import add64, p64, u64
+from neo.lib.util import add64, p64, tid_from_time, u64
 from tests.unit.master_peers import (
     OUT,
     Disk,
@@ -278,7 +278,7 @@ def test_arbitration_finish_refused() -> None:
 
 
 def test_imposed_tids() -> None:
-    """Scenario 71."""
+    """Scenario 71; row 36 of testing.md 9."""
     world = cluster(1, replicas=0)
     client = world.client("C1")
     last = commit(world, client, 1)
@@ -289,7 +289,9 @@ def test_imposed_tids() -> None:
         world.until(lambda: peer.conn is None)
         return peer.errors[-1][1] if peer.errors else "closed"
 
-    for tid in (last, ZERO_TID, MAX_TID, p64(u64(last) + (1 << 60)), b"\xff" * 8):
+    future = tid_from_time(world.sim.processes["M0"].now() + 2 * 86400)
+    far = p64(u64(last) + (1 << 60))
+    for tid in (last, ZERO_TID, future, far, MAX_TID, b"\xff" * 8):
         refused(tid)
     tid = add64(last, 1)
     assert begin(world, client, tid) == tid
