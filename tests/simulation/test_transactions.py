@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from ZODB.POSException import ConflictError
 from neo.client.exception import NEOStorageUnknownOutcome
 from neo.client.Storage import Storage
 from neo.lib.config import Limits
-from tests.history import Value, decode
-from tests.simulation.cluster import Cluster, Shape
+from tests.history import CONFLICT, FAIL, OK, READ, Value, decode
+from tests.simulation.cluster import Cluster, Shape, transactions_of
 from tests.simulation.conftest import base_seed
 from tests.simulation.runtime import Simulation
 from tests.simulation.workload import ALL, Tokens
@@ -558,3 +559,31 @@ def test_third_storage_dies_before_the_finish() -> None:
     scene.sim.heal()
     scene.sim.restart(third)
     scene.audit()
+
+
+# --- links that break again and again -------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [("c0", "m0"), ("c0", "s0"), ("s0", "m0")])
+def test_link_that_breaks_often(pair: tuple[str, str]) -> None:
+    """Every client still works; whoever lost an answer to finish learns its outcome."""
+    scene = Scene(REPLICATED, seed=f"{pair}")
+    scene.tokens.think = 0.1
+    sim, tokens = scene.sim, scene.tokens
+    for name in scene.cluster.clients:
+        tokens.start(name, scene.cluster.storage(name))
+    rng = sim.rng("faults")
+    resets = 0
+    while resets < 20:
+        sim.run(rng.expovariate(1 / 0.1))
+        resets += bool(sim.reset(*pair))
+    tokens.stopping = True
+    sim.run_until(lambda: not tokens.running, 3)
+    times = [a.end for a in tokens.attempts if a.outcome == OK and a.end is not None]
+    assert max(b - a for a, b in pairwise(sorted(times))) < 1.5
+    assert {a.outcome for a in tokens.attempts} <= {OK, CONFLICT, FAIL, READ}
+    scene.audit()
+    replicas = scene.cluster.replicas()
+    scene.do(
+        tokens.check, scene.cluster.storage(), replicas, transactions_of(replicas)
+    )
