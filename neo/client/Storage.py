@@ -565,7 +565,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             except POSException.ConflictError as error:
                 if error.oid is not None:
                     with self._runtime:
-                        self._core.turns.lost(error.oid)
+                        self._core.turns.lost(error.oid, _committed(error))
                 raise
             record = compress_data(data, self._level)
             with self._runtime:
@@ -920,6 +920,11 @@ def _extension(data: bytes) -> dict[str, Any]:
     except Exception:  # noqa: BLE001 whatever an application has stored
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _committed(error: POSException.ConflictError) -> bytes | None:
+    """Tid of the revision that was committed first."""
+    return error.serials[0] if error.serials else None
 
 
 def _undo_tid(transaction_id: Any) -> bytes:

@@ -785,7 +785,7 @@ class Transaction:
                 self._committed(tid, callback, errors)
         finally:
             self._end()
-        app.turns.committed()
+        app.turns.committed(tid, ((oid, v.serial) for oid, v in self.oids.items()))
         if errors:
             raise errors[0]
         return tid
@@ -798,6 +798,7 @@ class Transaction:
     ) -> None:
         """Cache, then ZODB, then last tid. Source: behaviour.md 9.4, rule 2."""
         app = self.app
+        app.turns.finished(tid)
         last_tid = app.last_tid or ZERO_TID
         changed = [oid for oid, version in self.oids.items() if not version.checked]
         app.invalidate_cache(tid, changed)
