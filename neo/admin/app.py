@@ -26,6 +26,7 @@ from neo.lib.protocol import (
     AnswerNodeList,
     AnswerPartitionList,
     AnswerPrimary,
+    AskCheck,
     AskClusterState,
     AskLastIDs,
     AskLastTransaction,
@@ -54,6 +55,7 @@ from neo.lib.util import Address, datetime_from_tid
 
 RELAYED: tuple[Packet[...], ...] = (
     AddPendingNodes,
+    AskCheck,
     AskLastIDs,
     AskLastTransaction,
     AskRecovery,

@@ -40,6 +40,7 @@ from neo.lib.protocol import (
     READABLE,
     ZERO_TID,
     AddPendingNodes,
+    AskCheck,
     AskClusterState,
     AskLastIDs,
     AskMonitorInformation,
@@ -87,6 +88,14 @@ class CommandError(NeoError):
 
 class LostError(CommandError):
     """The connection to the admin is gone."""
+
+
+class UnsupportedError(CommandError):
+    """The admin, or the primary, does not know the request."""
+
+
+class NotReadyError(CommandError):
+    """Later, maybe."""
 
 
 # --- the connection ---------------------------------------------------------------
@@ -141,8 +150,10 @@ class Tool(Handler):
         if code == ErrorCode.PROTOCOL_ERROR and not self.answered:
             where = format_address(self.admin)
             raise CommandError(f"ERROR: {where} is probably no admin node: {answer}")
+        if code == ErrorCode.PROTOCOL_ERROR:
+            raise UnsupportedError(answer or "ERROR: not understood by the admin node")
         if code == ErrorCode.NOT_READY:
-            raise CommandError(f"ERROR: {answer}")
+            raise NotReadyError(f"ERROR: {answer}")
         raise CommandError(answer or f"ERROR: {code}")
 
     def text(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> str:
@@ -219,9 +230,11 @@ def upper(names: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def partition(text: str) -> tuple[int | None, int | None]:
-    """PARTITION:REFERENCE, both may be empty."""
+def partition(text: str) -> tuple[int | None, int | None] | bytes:
+    """PARTITION:REFERENCE, both may be empty; or a TID."""
     number, colon, reference = text.partition(":")
+    if number.lower() == "tid" or re.fullmatch(r"\d+\.\d*|\d{6,}", text):
+        return tid(text)
     if not colon:
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected PARTITION:REFERENCE, such as 0:S1, 0: or :"
@@ -337,15 +350,45 @@ def start(tool: Tool, args: argparse.Namespace) -> Any:
 
 def change_state(tool: Tool, args: argparse.Namespace, state: ClusterState) -> str:
     """Request a state, and with --wait return once it is reached."""
-    text = tool.text(SetClusterState, state) or "Cluster state changed"
-    if args.wait is not None:
-        if state is ClusterState.STOPPING:
-            tool.wait(args.wait, lambda: tool.state() is None, "stopped")
-            return "Cluster stopped"
-        wanted = (state,) if state is not ClusterState.VERIFYING else RUNNING
-        tool.wait(args.wait, lambda: tool.state() in wanted, "state reached")
-        text = f"Cluster state changed: {tool.state()}"
-    return text
+    if args.wait is None:
+        return tool.text(SetClusterState, state) or "Cluster state changed"
+    if state is ClusterState.STOPPING:
+        tool.text(SetClusterState, state)
+        tool.wait(args.wait, lambda: tool.state() is None, "stopped")
+        return "Cluster stopped"
+    if state is not ClusterState.VERIFYING:
+        tool.text(SetClusterState, state)
+        tool.wait(args.wait, lambda: tool.state() is state, "state reached")
+    else:
+        start_soon(tool, args.wait)
+        tool.wait(args.wait, lambda: tool.state() in RUNNING, "state reached")
+    return f"Cluster state changed: {tool.state()}"
+
+
+def start_soon(tool: Tool, timeout: float) -> None:
+    """Start the cluster, now or when the storages that just came are ready for it."""
+    refusals = [""]
+
+    def accepted() -> bool:
+        if tool.state() in (*RUNNING, ClusterState.VERIFYING):
+            return True
+        try:
+            tool.text(SetClusterState, ClusterState.VERIFYING)
+        except NotReadyError as error:
+            refusals.append(str(error))
+        except CommandError as error:
+            if not str(error).startswith("Cannot exit recovery"):
+                raise
+            refusals.append(str(error))
+        else:
+            return True
+        return False
+
+    try:
+        tool.wait(timeout, accepted, "started")
+    except CommandError as error:
+        text = f"{error}: {refusals[-1]}" if refusals[-1] else str(error)
+        raise CommandError(text) from None
 
 
 def set_replicas(tool: Tool, args: argparse.Namespace) -> Any:
@@ -427,7 +470,13 @@ def balanced(tool: Tool) -> bool:
 def check(tool: Tool, args: argparse.Namespace) -> Any:
     rows = tool.ask(AskPartitionList, 0, 0, None)[2]
     wanted: dict[int, int | None] = {}
-    for number, reference in args.partitions or [(None, None)]:
+    tids = [item for item in args.partitions if isinstance(item, bytes)]
+    if len(tids) > 2:
+        raise CommandError("at most two TIDs are expected: the first and the last")
+    first = args.min or (tids[0] if tids else ZERO_TID)
+    last = args.max or (tids[1] if len(tids) > 1 else None)
+    pairs = [item for item in args.partitions if not isinstance(item, bytes)]
+    for number, reference in pairs or [(None, None)]:
         numbers = range(len(rows)) if number is None else (number,)
         for one in numbers:
             if one >= len(rows):
@@ -441,8 +490,82 @@ def check(tool: Tool, args: argparse.Namespace) -> Any:
                     f"{nid_str(reference)} has no readable copy of partition {one}"
                 )
             wanted[one] = reference
-    text = tool.text(CheckReplicas, wanted, args.min or ZERO_TID, args.max)
-    return text or f"Check of {len(wanted)} partitions requested: see the logs"
+    cells: list[tuple[Any, ...]] = []
+    order = list(wanted)
+    for start in range(0, len(order), CHECKED_AT_ONCE):
+        some = {n: wanted[n] for n in order[start : start + CHECKED_AT_ONCE]}
+        try:
+            cells += tool.ask(AskCheck, some, first, last, args.repair)[0]
+        except (UnsupportedError, LostError):
+            if start or args.repair:
+                raise
+            text = tool.text(CheckReplicas, wanted, first, last)
+            return text or f"Check of {len(wanted)} partitions requested: see the logs"
+    return checked(args, len(wanted), cells)
+
+
+CHECKED_AT_ONCE = 8  # partitions
+KINDS = ("missing", "extra", "different", "damaged", "repaired")
+
+
+def checked(
+    args: argparse.Namespace, partitions: int, cells: Sequence[tuple[Any, ...]]
+) -> Any:
+    """Results of a check, of what is not in order. Sets the exit status."""
+    result = []
+    wrong = 0
+    for number, n, *counts, problems in cells:
+        left = sum(counts[:-1]) - counts[-1] > 0 or bool(problems)
+        wrong += left
+        if left or counts[-1]:
+            row = {"partition": number, "nid": nid_str(n)}
+            row |= dict(zip(KINDS, counts, strict=True))
+            row["problems"] = [text.decode(errors="replace") for text in problems]
+            result.append(row)
+    args.status = 1 if wrong else 0
+    if args.json:
+        return {"partitions": partitions, "cells": len(cells), "wrong": result}
+    lines = [
+        f"partition {row['partition']}, {row['nid']}: "
+        + ", ".join(
+            [f"{row[kind]} {kind}" for kind in KINDS if row[kind]] + row["problems"]
+        )
+        for row in result
+    ]
+    if wrong:
+        lines.append(f"{wrong} of {len(cells)} cells are not in order")
+        if not args.repair:
+            lines.append(
+                "To repair: neoctl check --repair; PARTITION:REFERENCE tells who is"
+                " right where they are different"
+            )
+    elif lines:
+        lines.append(f"{len(cells)} cells of {partitions} partitions are in order now")
+    else:
+        lines.append(f"{len(cells)} cells of {partitions} partitions are in order")
+    return "\n".join(lines)
+
+
+def remove(tool: Tool, args: argparse.Namespace) -> Any:
+    """Empty storages, stop them, and forget them. It can be repeated at any point."""
+    nids = storages(tool, args)
+    timeout = 3600.0 if args.wait is None else args.wait
+
+    def replaced() -> bool:
+        rows = tool.ask(AskPartitionList, 0, 0, None)[2]
+        others = [[state for n, state in row if n not in nids] for row in rows]
+        return all(row and all(state in READABLE for state in row) for row in others)
+
+    rows = tool.ask(AskPartitionList, 0, 0, None)[2]
+    if any(n in nids for row in rows for n, _ in row):
+        tool.ask(TweakPartitionTable, False, nids)
+        tool.wait(timeout, replaced, "all data on other storages")
+    for number in nids:
+        states = {row[2]: row[3] for row in tool.nodes(NodeType.STORAGE)}
+        if states.get(number) is NodeState.RUNNING:
+            tool.text(SetNodeState, number, NodeState.DOWN)
+        tool.text(SetNodeState, number, NodeState.UNKNOWN)
+    return f"removed: {', '.join(map(nid_str, nids))}"
 
 
 def truncate(tool: Tool, args: argparse.Namespace) -> Any:
@@ -573,9 +696,21 @@ def build_parser() -> Parser:
     sub.add_argument("nid", type=nid)
     sub = command("drop", drop, "remove a storage for ever")
     sub.add_argument("nid", type=nid)
-    sub = command("check", check, "compare replicas; results are in the logs")
+    sub = command("remove", remove, "empty storages, then remove them", wait=True)
+    sub.add_argument("nids", nargs="+", metavar="NID")
+    sub = command("check", check, "compare replicas; exit status 1 if they differ")
     sub.add_argument(
-        "partitions", nargs="*", type=partition, metavar="PARTITION:REFERENCE"
+        "partitions",
+        nargs="*",
+        type=partition,
+        metavar="PARTITION:REFERENCE",
+        help="such as 0:S1, 0: or : for all; then a first and a last TID, maybe",
+    )
+    sub.add_argument(
+        "--repair",
+        action="store_true",
+        help="fetch what is missing or damaged from other replicas; with a REFERENCE,"
+        " make them as it is",
     )
     sub.add_argument("--min", type=tid, help="first TID")
     sub.add_argument("--max", type=tid, help="last TID")

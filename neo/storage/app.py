@@ -29,6 +29,7 @@ from neo.lib.node import (
     wire_address,
 )
 from neo.lib.protocol import (
+    FEATURE_CHECK,
     FEATURE_LEASE,
     FEATURES,
     READABLE,
@@ -193,7 +194,7 @@ class StorageNode:
         extra = {
             b"devpath": (self.options.host.encode(), b"%d" % self.backend.device),
             b"new_nid": new_nid,
-            FEATURES: [FEATURE_LEASE],
+            FEATURES: [FEATURE_LEASE, FEATURE_CHECK],
         }
         is_clone = self.options.new_nid
         return (

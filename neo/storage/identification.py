@@ -19,6 +19,7 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
+    FEATURE_CHECK,
     FEATURE_EARLY_VOTE,
     FEATURE_SIZE,
     FEATURES,
@@ -155,6 +156,7 @@ class Identification(Handler):
         operation = self._node.operation
         assert operation is not None
         nid = peer.nid
+        wanted = extra.get(FEATURES)
         if peer.type is NodeType.STORAGE:
             operation.peer_handler.make_room(peer)
         elif peer.connection is not None:
@@ -164,15 +166,18 @@ class Identification(Handler):
         peer.connection = conn
         if peer.type is NodeType.STORAGE:
             conn.handler = operation.peer_handler
-            operation.peer_handler.accepted(conn, peer)
+            features = wanted if isinstance(wanted, tuple) else ()
+            operation.peer_handler.accepted(conn, peer, features)
         else:
             conn.handler = operation.client_handler
         args = (NodeType.STORAGE, self._node.nid, nid)
         conn.send(AcceptIdentification, msg_id, args)
-        features = extra.get(FEATURES)
-        if isinstance(features, tuple) and peer.type is NodeType.CLIENT:
-            peer.extra["features"] = features
-            conn.notify(NotifyFeatures, (FEATURE_SIZE, FEATURE_EARLY_VOTE))
+        if isinstance(wanted, tuple):
+            offered: tuple[bytes, ...] = (FEATURE_CHECK,)
+            if peer.type is NodeType.CLIENT:
+                peer.extra["features"] = wanted
+                offered = (FEATURE_SIZE, FEATURE_EARLY_VOTE, FEATURE_CHECK)
+            conn.notify(NotifyFeatures, offered)
 
     def look_again(self) -> None:
         """The master told more: look again at who waits."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
-from neo.lib.node import Node
+from neo.lib.node import Node, address_from_wire
 from neo.lib.protocol import (
     FEATURE_LEASE,
     MAX_TID,
@@ -22,9 +22,11 @@ from neo.lib.protocol import (
     NotifyReady,
     NotifyStalledTransaction,
     PackOrder,
+    WireAddress,
 )
 
 from .background import Background, Chores, Pace
+from .checking import Checks
 from .client import ClientHandler
 from .database.interface import Tid
 from .initialization import Cells, MasterHandler
@@ -96,6 +98,38 @@ class OperationHandler(MasterHandler):
         self.transactions.refuse(ttid)
         self.operation.replication.finished(ttid, None)
 
+    def check_partition(
+        self,
+        conn: Connection,
+        partition: int,
+        source: tuple[bytes, WireAddress | None],
+        min_tid: Tid,
+        max_tid: Tid,
+    ) -> None:
+        name, address = source
+        if partition >= self.node.pt.np:
+            raise ProtocolError(f"no partition {partition}")
+        if name:
+            conn.log.error("check with cluster %r: not available", name)
+            return
+        node = self.node.nodes.by_address(address_from_wire(address))
+        self.operation.checks.check_partition(partition, node, min_tid, max_tid)
+
+    def ask_check_cell(
+        self,
+        conn: Connection,
+        partition: int,
+        reference: int | None,
+        min_tid: Tid,
+        max_tid: Tid,
+        repair: bool,
+    ) -> None:
+        if partition >= self.node.pt.np:
+            raise ProtocolError(f"no partition {partition}")
+        self.operation.checks.check_cell(
+            conn.defer(), partition, reference, min_tid, max_tid, repair
+        )
+
     def answer_pack_orders(self, conn: Connection, orders: Sequence[PackOrder]) -> None:
         """Not asked for: packing comes later."""
 
@@ -129,6 +163,7 @@ class Operation:
         )
         self.peer_handler = PeerHandler(self)
         self.replication = Replication(self)
+        self.checks = Checks(self)
         self.client_handler = ClientHandler(self)
         self.master_handler = OperationHandler(self)
         self._set_access(range(node.pt.np))
@@ -150,6 +185,7 @@ class Operation:
         self.chores.is_over = True
         self.transactions.leave()
         self.replication.leave()
+        self.checks.leave()
 
     def readable_partitions(self) -> list[int]:
         """Numbers of the partitions that clients may read here."""

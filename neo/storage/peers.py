@@ -10,25 +10,33 @@ the other end may still use it, else it closes. Source: protocol 6.5 and 6.6, be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from neo.lib.connection import Connection
+from neo.lib.connection import Connection, Request
 from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, Refused, refuse
-from neo.lib.node import Node
+from neo.lib.node import Node, nid_str, wire_address
 from neo.lib.protocol import (
+    FEATURE_CHECK,
+    FEATURES,
     ZERO_TID,
     AddObject,
     AddTransaction,
     AnswerCheckSerialRange,
     AnswerCheckTIDRange,
+    AnswerDigests,
     AnswerFetchObjects,
     AnswerFetchTransactions,
+    CloseClient,
     ErrorCode,
+    NodeType,
+    Packet,
+    RequestIdentification,
 )
 
 from .background import OUTPUT_MAX, OUTPUT_RETRY, Slices
 from .database.interface import Oid, Reader, Tid, Transaction
+from .digests import Item, Key, digests
 
 if TYPE_CHECKING:
     from .operation import Operation
@@ -38,20 +46,32 @@ LENGTH_MAX = 1000
 # Bytes that an item counts for, besides its data.
 ITEM_SIZE = 200
 SLICE = 50
+RELEASE_DELAY = 100.0  # seconds that an unused connection is kept
 # Bytes of data after which a chunk of objects ends.
 CHUNK_SIZE = 4 << 20
 CHECK_LENGTH_MAX = 40_000
 
 
-class Link:
-    """How a connection between storages is used by this end."""
+Opened = Callable[[Connection | None, str], object]
+Receiver = Callable[[tuple[Any, ...]], object]
 
-    __slots__ = ("is_client", "is_server", "peer")
+
+class Link:
+    """How a connection between storages is used by this end.
+
+    `users`: how many of our tasks use it; `receivers`: where the items of a request go,
+    by its id.
+    """
+
+    __slots__ = ("features", "is_client", "is_server", "peer", "receivers", "users")
 
     def __init__(self, peer: Node | None, is_client: bool) -> None:
         self.peer = peer  # None: of another cluster
         self.is_client = is_client
         self.is_server = not is_client
+        self.users = 0
+        self.receivers: dict[int, Receiver] = {}
+        self.features: tuple[bytes, ...] = ()
 
 
 class PeerHandler(Handler):
@@ -63,18 +83,87 @@ class PeerHandler(Handler):
         self.node = operation.node
         self.background = operation.background
         self.links: dict[Connection, Link] = {}
+        # Connections that are being opened, and who wants them.
+        self._opening: dict[Node, tuple[Connection, list[Opened]]] = {}
 
     # --- connections --------------------------------------------------------------
 
-    def accepted(self, conn: Connection, peer: Node | None) -> None:
+    def accepted(
+        self, conn: Connection, peer: Node | None, features: tuple[bytes, ...] = ()
+    ) -> None:
         """A storage identified."""
-        self.links[conn] = Link(peer, is_client=False)
+        link = self.links[conn] = Link(peer, is_client=False)
+        link.features = features
         self._watch(conn)
+
+    def open(self, peer: Node, opened: Opened) -> None:
+        """Connect to a running storage, unless it is so.
+
+        `opened(conn, "")` follows, then `release(conn)` is due; or `opened(None,
+        reason)`.
+        """
+        conn = peer.connection
+        if conn is not None and conn in self.links:
+            self._use(conn, opened)
+        elif peer in self._opening:
+            self._opening[peer][1].append(opened)
+        elif peer.address is None:
+            opened(None, "it has no address")
+        else:
+            handler = SourceIdentification(self, peer)
+            conn = self.node.runtime.connect(peer.address, handler)
+            self._opening[peer] = conn, [opened]
+            self.node.connections[conn] = None
+
+    def _use(self, conn: Connection, opened: Opened) -> None:
+        link = self.links[conn]
+        link.is_client = True
+        link.users += 1
+        opened(conn, "")
+
+    def opening(self, peer: Node) -> Connection | None:
+        """The connection that is being opened to a node."""
+        found = self._opening.get(peer)
+        return None if found is None else found[0]
 
     def connected_to(self, conn: Connection, peer: Node) -> None:
         """A storage accepted us."""
         self.links[conn] = Link(peer, is_client=True)
         self._watch(conn)
+        for opened in self._opening.pop(peer)[1]:
+            if conn in self.links:
+                self._use(conn, opened)
+            else:
+                opened(None, conn.reason)
+
+    def not_connected(self, peer: Node, reason: str) -> None:
+        """A storage could not be reached, or refused."""
+        _, waiting = self._opening.pop(peer)
+        for opened in waiting:
+            conn = peer.connection
+            if conn is not None and conn in self.links:
+                self._use(conn, opened)  # it connected to us meanwhile
+            else:
+                opened(None, reason)
+
+    def release(self, conn: Connection) -> None:
+        """One who opened the connection needs it no more."""
+        link = self.links.get(conn)
+        if link is not None:
+            link.users -= 1
+            if not link.users:
+                self.node.runtime.call_later(RELEASE_DELAY, lambda: self._unused(conn))
+
+    def _unused(self, conn: Connection) -> None:
+        """Give up a connection that was not used for long. Source: protocol 6.5."""
+        link = self.links.get(conn)
+        if link is None or not link.is_client or link.users:
+            return
+        if link.is_server:
+            link.is_client = False
+            conn.notify(CloseClient)
+        else:
+            conn.close("unused")
 
     def _watch(self, conn: Connection) -> None:
         limits = self.node.options.limits
@@ -88,7 +177,7 @@ class PeerHandler(Handler):
         """
         assert peer.nid is not None
         assert self.node.nid is not None
-        ours = self.operation.replication.connecting(peer)
+        ours = self.opening(peer)
         if (
             ours is None
             and peer.connection is not None
@@ -106,7 +195,6 @@ class PeerHandler(Handler):
         self.node.forget(conn)
         if link.peer is not None and link.peer.connection is conn:
             link.peer.connection = None
-        self.operation.replication.source_lost(conn)
 
     def close_client(self, conn: Connection) -> None:
         link = self.links[conn]
@@ -295,13 +383,131 @@ class PeerHandler(Handler):
 
         self._serve(conn, partition, max_tid, error, read)
 
-    # --- requester of a replication -----------------------------------------------
+    def ask_digests(
+        self,
+        conn: Connection,
+        partition: int,
+        of_objects: bool,
+        length: int,
+        min_tid: Tid,
+        min_oid: Oid,
+        max_tid: Tid,
+    ) -> None:
+        error = ErrorCode.CHECKING_ERROR
+        left = min(length, LENGTH_MAX)
+        if not left:
+            raise ProtocolError("digests of 0 items")
+
+        def read(msg_id: int) -> Slices:
+            result: list[Item] = []
+            position: Key | None = (min_tid, min_oid)
+            total = 0
+            while position is not None and len(result) < left and total < CHUNK_SIZE:
+                count = min(SLICE, left - len(result))
+                items, size, position = yield digests(
+                    of_objects, partition, count, *position, max_tid
+                )
+                self._check_readable(partition, error)
+                result += items
+                total += size
+                yield from self._pause(size)
+            tid, oid = position or (None, None)
+            conn.send(AnswerDigests, msg_id, (result, tid, oid))
+
+        self._serve(conn, partition, max_tid, error, read)
+
+    def notify_damaged(self, conn: Connection, oid: Oid, tid: Tid) -> None:
+        self.operation.checks.damaged(oid, tid)
+
+    # --- requests of this end -------------------------------------------------------
+
+    def expect(self, conn: Connection, request: Request, receiver: Receiver) -> None:
+        """The items of a request go to `receiver`; others are late, and ignored."""
+        if conn in self.links:
+            self.links[conn].receivers[request.msg_id] = receiver
+
+    def expect_no_more(self, conn: Connection, request: Request) -> None:
+        """What may still come is late."""
+        if conn in self.links:
+            self.links[conn].receivers.pop(request.msg_id, None)
 
     def add_transaction(self, conn: Connection, *args: object) -> None:
-        self.operation.replication.received(conn, args)
+        receiver = self.links[conn].receivers.get(conn.message_id)
+        if receiver is not None:
+            receiver(args)
 
     def add_object(self, conn: Connection, *args: object) -> None:
-        self.operation.replication.received(conn, args)
+        receiver = self.links[conn].receivers.get(conn.message_id)
+        if receiver is not None:
+            receiver(args)
+
+    def notify_features(self, conn: Connection, features: Sequence[bytes]) -> None:
+        """What a storage that accepted us offers beyond protocol 5."""
+        self.links[conn].features = tuple(features)
+
+
+class SourceIdentification(Handler):
+    """Our identification at a source."""
+
+    def __init__(self, peers: PeerHandler, source: Node) -> None:
+        super().__init__()
+        self._peers = peers
+        self._node = peers.node
+        self._source = source
+
+    def connected(self, conn: Connection) -> None:
+        node = self._node
+        conn.ask(
+            RequestIdentification,
+            NodeType.STORAGE,
+            node.nid,
+            wire_address(node.address),
+            node.options.cluster.encode(),
+            node.id_timestamp,
+            {FEATURES: [FEATURE_CHECK]},
+        )
+        limit = node.options.limits.storage_timeout
+        node.runtime.call_later(limit, lambda: self._timeout(conn))
+
+    def _timeout(self, conn: Connection) -> None:
+        if conn.handler is self:
+            conn.close("no answer to the identification")
+
+    def accept_identification(
+        self,
+        conn: Connection,
+        node_type: NodeType,
+        nid: int | None,
+        your_nid: int | None,
+    ) -> None:
+        source = self._source
+        if (
+            node_type is not NodeType.STORAGE
+            or nid != source.nid
+            or your_nid != self._node.nid
+        ):
+            raise ProtocolError(f"{nid_str(source.nid)} was expected")
+        self._node.runtime.connection_succeeded(conn.address)
+        conn.set_node(source)
+        source.connection = conn
+        conn.handler = self._peers
+        self._peers.connected_to(conn, source)
+
+    def error(
+        self, conn: Connection, packet: Packet[...] | None, code: int, text: str
+    ) -> None:
+        conn.close(text or str(code))
+
+    def closed(self, conn: Connection) -> None:
+        self._node.forget(conn)
+        self._peers.not_connected(self._source, conn.reason)
+
+
+def explain(code: int | None, text: str) -> str:
+    """What an Error of a storage says."""
+    known = {error.value: error.name for error in ErrorCode}
+    name = "" if code is None else known.get(code, str(code))
+    return f"{name} {text}".strip()
 
 
 def _before(

@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo.lib.connection import Connection, Request
 from neo.lib.exception import ProtocolError
-from neo.lib.handler import Handler
-from neo.lib.node import Node, nid_str, wire_address
+from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
     MAX_TID,
     ZERO_HASH,
@@ -37,17 +36,13 @@ from neo.lib.protocol import (
     AskFetchTransactions,
     AskUnfinishedTransactions,
     CellState,
-    CloseClient,
-    ErrorCode,
-    NodeType,
     NotifyReplicationDone,
-    Packet,
-    RequestIdentification,
 )
 from neo.lib.util import add64
 
 from .background import QUEUE
 from .database.interface import Backend, Oid, PackOrder, Tid, Transaction, Value
+from .peers import explain
 
 if TYPE_CHECKING:
     from .operation import Operation
@@ -58,7 +53,6 @@ ITEM_SIZE = 200  # bytes that an item counts for, besides its data
 WAITING_SIZE = 4 << 20  # bytes that wait to be written: the next chunk is not asked for
 SESSIONS_MAX = 2  # partitions copied at a time
 RETRY_DELAY = 1.0  # seconds between two attempts to copy a partition
-RELEASE_DELAY = 100.0  # seconds that an unused connection is kept
 
 Key = tuple[bytes, ...]  # (tid,) or (tid, oid): a position in a partition
 
@@ -98,7 +92,6 @@ class Replication:
         self._tids: dict[int, Tid] = {}  # up to which these were copied
         self.sessions: dict[int, Session] = {}
         self.is_over = False
-        self._connecting: dict[Node, Connection] = {}
         self._scheduled = False
 
     # --- what is to be copied -----------------------------------------------------
@@ -144,7 +137,7 @@ class Replication:
         self._tids.pop(partition, None)
         session = self.sessions.pop(partition, None)
         if session is not None:
-            session.is_over = True
+            session.end()
 
     def finished(self, ttid: Tid, tid: Tid | None) -> None:
         """A transaction that was open ended; `tid`: it was committed."""
@@ -162,7 +155,7 @@ class Replication:
         """The node leaves operation."""
         self.is_over = True
         for session in self.sessions.values():
-            session.is_over = True
+            session.end()
         self.sessions.clear()
 
     # --- copying ------------------------------------------------------------------
@@ -190,17 +183,7 @@ class Replication:
             self._retry_later()
             return
         session = self.sessions[target.partition] = Session(self, target, source)
-        conn = source.connection
-        if conn is not None:
-            link = self.operation.peer_handler.links[conn]
-            link.is_client = True
-            session.start(conn)
-        elif source not in self._connecting:
-            assert source.address is not None
-            handler = SourceIdentification(self, source)
-            conn = self.runtime.connect(source.address, handler)
-            self._connecting[source] = conn
-            self.node.connections[conn] = None
+        self.operation.peer_handler.open(source, session.connected)
 
     def _choose_source(self, target: Target) -> Node | None:
         """A running node with a readable cell, at random; not the one that failed."""
@@ -220,7 +203,7 @@ class Replication:
         """A session ends before it is done."""
         if session.is_over:
             return
-        session.is_over = True
+        session.end()
         target = session.target
         del self.sessions[target.partition]
         target.avoid = session.source.nid
@@ -248,26 +231,8 @@ class Replication:
         del self.sessions[target.partition]
         target.done = session.goal
         target.avoid = None
-        conn = session.conn
-        assert conn is not None
+        session.end()
         self.advance()
-        if not any(s.conn is conn for s in self.sessions.values()):
-            self.runtime.call_later(RELEASE_DELAY, lambda: self._release(conn))
-
-    def _release(self, conn: Connection) -> None:
-        """Give up a connection that was not used for long. Source: protocol 6.5."""
-        link = self.operation.peer_handler.links.get(conn)
-        if (
-            link is None
-            or not link.is_client
-            or any(session.conn is conn for session in self.sessions.values())
-        ):
-            return
-        if link.is_server:
-            link.is_client = False
-            conn.notify(CloseClient)
-        else:
-            conn.close("unused")
 
     # --- the end ------------------------------------------------------------------
 
@@ -294,49 +259,6 @@ class Replication:
                 master.notify(NotifyReplicationDone, partition, self._tids[partition])
                 transactions.settle_blind_writes(partition)
 
-    # --- connections --------------------------------------------------------------
-
-    def connecting(self, peer: Node) -> Connection | None:
-        """The connection that is being opened to a node."""
-        return self._connecting.get(peer)
-
-    def connected(self, source: Node, conn: Connection) -> None:
-        """A source accepted us."""
-        del self._connecting[source]
-        for session in list(self.sessions.values()):
-            if session.source is source and session.conn is None:
-                session.start(conn)
-
-    def not_connected(self, source: Node, reason: str) -> None:
-        """A source could not be reached, or refused."""
-        self._connecting.pop(source, None)
-        conn = source.connection
-        for session in list(self.sessions.values()):
-            if session.source is source and session.conn is None:
-                if conn is not None and not conn.closed:
-                    # It connected to us meanwhile.
-                    self.operation.peer_handler.links[conn].is_client = True
-                    session.start(conn)
-                else:
-                    self.failed(session, reason)
-
-    def source_lost(self, conn: Connection) -> None:
-        """A connection with a storage is closed."""
-        for session in list(self.sessions.values()):
-            if session.conn is conn:
-                self.failed(session, conn.reason)
-
-    def received(self, conn: Connection, args: tuple[Any, ...]) -> None:
-        """AddTransaction or AddObject: of the present request of a session, or late."""
-        for session in self.sessions.values():
-            if (
-                session.conn is conn
-                and session.request is not None
-                and session.request.msg_id == conn.message_id
-            ):
-                session.received(args)
-                return
-
     # --- debugging ----------------------------------------------------------------
 
     def describe(self) -> list[str]:
@@ -355,65 +277,6 @@ class Replication:
         for partition, session in self.sessions.items():
             assert self.targets[partition] is session.target
             assert not session.is_over
-
-
-class SourceIdentification(Handler):
-    """Our identification at a source."""
-
-    def __init__(self, replication: Replication, source: Node) -> None:
-        super().__init__()
-        self._replication = replication
-        self._node = replication.node
-        self._source = source
-
-    def connected(self, conn: Connection) -> None:
-        node = self._node
-        conn.ask(
-            RequestIdentification,
-            NodeType.STORAGE,
-            node.nid,
-            wire_address(node.address),
-            node.options.cluster.encode(),
-            node.id_timestamp,
-            {},
-        )
-        limit = node.options.limits.storage_timeout
-        node.runtime.call_later(limit, lambda: self._timeout(conn))
-
-    def _timeout(self, conn: Connection) -> None:
-        if conn.handler is self:
-            conn.close("no answer to the identification")
-
-    def accept_identification(
-        self,
-        conn: Connection,
-        node_type: NodeType,
-        nid: int | None,
-        your_nid: int | None,
-    ) -> None:
-        source = self._source
-        if (
-            node_type is not NodeType.STORAGE
-            or nid != source.nid
-            or your_nid != self._node.nid
-        ):
-            raise ProtocolError(f"{nid_str(source.nid)} was expected")
-        self._node.runtime.connection_succeeded(conn.address)
-        operation = self._replication.operation
-        conn.set_node(source)
-        source.connection = conn
-        conn.handler = operation.peer_handler
-        operation.peer_handler.connected_to(conn, source)
-        self._replication.connected(source, conn)
-
-    def error(
-        self, conn: Connection, packet: Packet[...] | None, code: int, text: str
-    ) -> None:
-        conn.close(text or str(code))
-
-    def closed(self, conn: Connection) -> None:
-        self._node.forget(conn)
-        self._replication.not_connected(self._source, conn.reason)
 
 
 class Session:
@@ -452,10 +315,29 @@ class Session:
         self._writer = replication.node.writer
         self._pace = replication.operation.pace
 
-    def start(self, conn: Connection) -> None:
-        """Copy from a source that is connected."""
+    def connected(self, conn: Connection | None, reason: str) -> None:
+        """There is a connection with the source, or none."""
+        if conn is None:
+            self.replication.failed(self, reason)
+            return
         self.conn = conn
-        self._ask_transactions(self._first, is_first=True)
+        if self.is_over:
+            self._release()
+        else:
+            self._ask_transactions(self._first, is_first=True)
+
+    def end(self) -> None:
+        """What comes from now on is late."""
+        if not self.is_over:
+            self.is_over = True
+            self._release()
+
+    def _release(self) -> None:
+        if self.conn is not None:
+            peers = self.replication.operation.peer_handler
+            if self.request is not None:
+                peers.expect_no_more(self.conn, self.request)
+            peers.release(self.conn)
 
     def _read(self, read: Callable[[], Any], done: Callable[[Any], object]) -> None:
         def call(result: Any) -> None:
@@ -466,10 +348,15 @@ class Session:
 
         self.replication.runtime.submit(QUEUE, read, call)
 
+    def _asked(self, request: Request, done: Callable[..., object]) -> None:
+        assert self.conn is not None
+        self.request = request
+        peers = self.replication.operation.peer_handler
+        peers.expect(self.conn, request, self.received)
+        request.then(done, self._failed)
+
     def _failed(self, code: int | None, text: str) -> None:
-        known = {error.value: error.name for error in ErrorCode}
-        name = "" if code is None else known.get(code, str(code))
-        self.replication.failed(self, f"{name} {text}".strip())
+        self.replication.failed(self, explain(code, text))
 
     # --- what is received -----------------------------------------------------------
 
@@ -504,6 +391,10 @@ class Session:
 
     def _take_chunk(self, position: Key | None) -> bool:
         """The answer came: write what is left; is the next position right?"""
+        assert self.conn is not None
+        if self.request is not None:
+            peers = self.replication.operation.peer_handler
+            peers.expect_no_more(self.conn, self.request)
         self.request = None
         if self.is_over:
             return False
@@ -575,9 +466,10 @@ class Session:
         def ask(known: list[Tid]) -> None:
             assert self.conn is not None
             self._expect(known)
-            self.request = self.conn.ask(
+            request = self.conn.ask(
                 AskFetchTransactions, partition, CHUNK, min_tid, goal, known, is_first
-            ).then(self._transactions, self._failed)
+            )
+            self._asked(request, self._transactions)
 
         self._read(lambda: reader.tids_from(partition, min_tid, goal, CHUNK), ask)
 
@@ -660,15 +552,11 @@ class Session:
         def ask(keys: list[tuple[Tid, Oid]]) -> None:
             assert self.conn is not None
             self._expect(keys)
-            self.request = self.conn.ask(
-                AskFetchObjects,
-                partition,
-                CHUNK,
-                min_tid,
-                goal,
-                min_oid,
-                by_tid(keys),
-            ).then(self._objects, self._failed)
+            objects = by_tid(keys)
+            request = self.conn.ask(
+                AskFetchObjects, partition, CHUNK, min_tid, goal, min_oid, objects
+            )
+            self._asked(request, self._objects)
 
         self._read(
             lambda: reader.object_keys(partition, CHUNK, min_tid, goal, min_oid), ask

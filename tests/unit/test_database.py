@@ -424,11 +424,35 @@ def test_read_holds_nothing(db: Backend) -> None:
         assert db._connection.execute(sql).fetchone()[0] == 0
 
 
-def test_missing_data_is_an_error_not_a_deletion(db: Backend) -> None:
+@pytest.mark.parametrize(
+    "how",
+    ["DELETE FROM data", "UPDATE data SET value = 'text'", "UPDATE data SET hash = 1"],
+)
+@pytest.mark.parametrize("dedup", [False, True])
+def test_missing_data_is_damage_not_a_deletion(
+    life: Life, how: str, dedup: bool
+) -> None:
+    """Nobody takes it for good; it can be restored, for all that share it."""
+    db = new(life, dedup=dedup)
     add(db, 100, {1: "a"})
-    write(db, ("execute", "DELETE FROM data"))
-    with pytest.raises(BackendError, match="missing"):
-        db.load(p64(1))
+    write(db, ("add_object", p64(1), p64(104), None, p64(100)))
+    good = db.load(p64(1), at=p64(100)), db.load(p64(1), at=p64(104))
+    write(db, ("execute", how))
+    for tid in (100, 104):
+        damaged = db.load(p64(1), at=p64(tid))
+        assert damaged is not None
+        assert damaged[2] is not None  # there is a value
+        assert sha1(damaged[4]).digest() != damaged[3] != ZERO_HASH
+    assert good[1] is not None
+    _, _, compression, checksum, data, _ = good[1]
+    assert compression is not None
+    value = checksum, data, compression
+    write(db, ("restore_value", p64(1), p64(104), value))
+    assert (db.load(p64(1), at=p64(100)), db.load(p64(1), at=p64(104))) == good
+    write(db, ("restore_value", p64(5), p64(104), value))  # not here: nothing to do
+    db.begin(True)
+    assert db.prune_orphans(0, 9, True)[0] == 0
+    db.commit()
 
 
 def test_oids_from(db: Backend) -> None:

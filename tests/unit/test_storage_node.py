@@ -73,7 +73,7 @@ def test_creation() -> None:
         (b"127.0.0.1", 12345),
         NAME.encode(),
         None,
-        {b"devpath": (b"host", b"0"), b"new_nid": (), b"features": (b"lease",)},
+        {b"devpath": (b"host", b"0"), b"new_nid": (), b"features": (b"lease", b"check")},
     )
     assert h.backend.settings().name is None
     h.hold_jobs = True
@@ -525,7 +525,7 @@ def test_features() -> None:
     h.client()
     peer = identify(h, C1, 2.5, extra={b"features": (b"size",)})
     peer.expect(AcceptIdentification)
-    assert peer.receive(NotifyFeatures) == ((b"size", b"early-vote"),)
+    assert peer.receive(NotifyFeatures) == ((b"size", b"early-vote", b"check"),)
     assert peer.ask(AskSize)[0] > 0
 
 

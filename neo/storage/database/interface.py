@@ -458,6 +458,13 @@ class Backend(Reader, Protocol):
         `value`.
         """
 
+    def restore_value(self, oid: Oid, tid: Tid, value: Value) -> bool:
+        """Replace the damaged value of a record, also for those that share it.
+
+        False, and nothing is changed, if that must wait: an unfinished transaction
+        shares it, too.
+        """
+
     def delete_transaction(self, tid: Tid) -> None:
         """Delete a transaction that the source doesn't have, with its pack order."""
 

@@ -142,6 +142,25 @@ class SQLMaintenance(SQLWriter):
                 "record %s of %s was here already, replaced", oid.hex(), tid.hex()
             )
 
+    SHARING = "SELECT partition, oid, tid FROM obj WHERE data_id = ?"
+    SET_DATA = "UPDATE obj SET data_id = ? WHERE partition = ? AND oid = ? AND tid = ?"
+
+    def restore_value(self, oid: Oid, tid: Tid, value: Value) -> bool:
+        partition = u64(oid) % self.layout.partitions
+        pointed = self._pointed(partition, u64(oid), u64(tid))
+        if pointed is None or pointed[0] is None:
+            return True
+        (damaged,) = pointed
+        if damaged in self._references:
+            return False
+        keys = self.fetch(self.SHARING, (damaged,))
+        # First, for `dedup` would find it again.
+        self.execute_many(self.SET_DATA, [(None, *key) for key in keys])
+        self._prune([damaged])
+        data_id = self._insert_value(partition, value)
+        self.execute_many(self.SET_DATA, [(data_id, *key) for key in keys])
+        return True
+
     def delete_transaction(self, tid: Tid) -> None:
         number = u64(tid)
         self.execute(

@@ -37,6 +37,7 @@ from .interface import (
 Row = tuple[Any, ...]
 
 ID_MAX = u64(MAX_TID)  # what a signed column can hold
+LOST_HASH = b"\xff" * 20  # "checksum" of a value that isn't there
 PAGE = 1000  # rows that an internal loop reads at once
 STATES: dict[int, CellState] = {state.value: state for state in CellState}
 
@@ -52,6 +53,11 @@ def optional(ident: int | None) -> bytes | None:
 
 def split_oids(oids: bytes) -> list[Oid]:
     return [oids[i : i + 8] for i in range(0, len(oids), 8)]
+
+
+def _bytes(value: object) -> bytes:
+    """What should be bytes, but is a text if somebody changed it by hand."""
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 class Layout:
@@ -116,8 +122,9 @@ class SQLReader(ABC):
         tid, next_tid, data_id, value_tid, compression, checksum, data = rows[0]
         if data_id is None:
             compression, checksum, data = None, ZERO_HASH, b""
-        elif checksum is None:
-            raise BackendError(f"data {data_id} of oid {number} at {tid} is missing")
+        elif type(checksum) is not bytes or type(data) is not bytes:
+            # Nobody takes it for good: as a value that is damaged, it can be restored.
+            compression, checksum, data = 0, LOST_HASH, b""
         return (
             p64(tid),
             None if next_tid is None else p64(next_tid),
@@ -267,10 +274,10 @@ class SQLReader(ABC):
             return None
         user, description, extension, oids, packed, ttid, *pack = rows[0]
         return Transaction(
-            user,
-            description,
-            extension,
-            split_oids(oids),
+            _bytes(user),
+            _bytes(description),
+            _bytes(extension),
+            split_oids(_bytes(oids)),
             bool(packed),
             p64(ttid),
             None if pack[1] is None else _pack_order(*pack),
