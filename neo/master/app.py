@@ -551,6 +551,7 @@ class Master:
         self.phase.check()
         phase, ptid, tid = self._checked
         new = self.pt.ptid or 0, self.transactions.last_tid
-        if phase is self.phase and phase.state is not ClusterState.VERIFYING:
+        forgets = (ClusterState.VERIFYING, ClusterState.STOPPING)
+        if phase is self.phase and phase.state not in forgets:
             assert new >= (ptid, tid) and new[1] >= tid, (ptid, tid, new)  # noqa: PT018
         self._checked = self.phase, *new
