@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from neo.lib.bootstrap import Bootstrap, Identity
@@ -20,12 +21,15 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, denied, not_ready
 from neo.lib.node import NodeManager, as_row, wire_address
 from neo.lib.protocol import (
+    FEATURE_AWAITED,
+    FEATURES,
     AddPendingNodes,
     AnswerClusterState,
     AnswerMonitorInformation,
     AnswerNodeList,
     AnswerPartitionList,
     AnswerPrimary,
+    AskAwaited,
     AskCheck,
     AskClusterState,
     AskLastIDs,
@@ -96,6 +100,7 @@ class Admin:
         self.pt = PartitionTable()
         self.state: ClusterState | None = None
         self.master: Connection | None = None
+        self.master_features: Sequence[bytes] = ()
         self.address = options.bind
         for address in options.masters:
             if self.nodes.by_address(address) is None:
@@ -145,7 +150,7 @@ class Admin:
             wire_address(self.address),
             self.options.cluster.encode(),
             None,
-            {b"backup": ()},
+            {b"backup": (), FEATURES: (FEATURE_AWAITED,)},
         )
 
     def _accepted(self, conn: Connection, nid: int) -> None:
@@ -154,6 +159,7 @@ class Admin:
         self.nid = nid
         self.log.set_node(self.options.cluster, nid)
         self._from_master.first = True
+        self.master_features = ()
         limits = self.options.limits
         conn.watch_silence(limits.ping_after, limits.silence_limit)
         conn.ask(AskClusterState)
@@ -184,8 +190,12 @@ class Admin:
 
         self.runtime.call_later(self.options.limits.identification_timeout, expire)
 
-    def summary(self, last_tid: bytes | None) -> tuple[bool, bool, str]:
+    def summary(
+        self, last_tid: bytes | None, awaited: Sequence[bytes] = ()
+    ) -> tuple[bool, bool, str]:
         """(warning, problem, text) on the health of the cluster.
+
+        One line more than neoppod's for each thing that the primary waits for.
 
         Source: behaviour.md 10.2, operations.md 4.6.
         """
@@ -207,7 +217,9 @@ class Admin:
         warning = not problem and any(
             name != CellState.UP_TO_DATE.name for name in cells
         )
-        return warning, problem, "; ".join(text)
+        lines = ["; ".join(text)]
+        lines += [f"    {line.decode(errors='replace')}" for line in awaited]
+        return warning, problem, "\n".join(lines)
 
 
 class MasterHandler(Handler):
@@ -252,6 +264,9 @@ class MasterHandler(Handler):
         cells: Sequence[tuple[int, int, CellState]],
     ) -> None:
         self.admin.pt.update(ptid, replicas, cells)
+
+    def notify_features(self, conn: Connection, features: Sequence[bytes]) -> None:
+        self.admin.master_features = features
 
     def notify_cluster_information(self, conn: Connection, state: ClusterState) -> None:
         self.admin.state = state
@@ -345,8 +360,16 @@ class ToolHandler(Handler):
         master = self._primary()
         reply = conn.defer()
 
-        def tell(last_tid: bytes | None) -> None:
-            warning, problem, text = admin.summary(last_tid)
+        def more(last_tid: bytes | None) -> None:
+            if FEATURE_AWAITED in admin.master_features:
+                master.ask(AskAwaited).then(
+                    partial(tell, last_tid), lambda code, text: tell(last_tid, ())
+                )
+            else:
+                tell(last_tid, ())
+
+        def tell(last_tid: bytes | None, awaited: Sequence[bytes]) -> None:
+            warning, problem, text = admin.summary(last_tid, awaited)
             reply.answer(
                 AnswerMonitorInformation,
                 [None] if warning else [],
@@ -355,9 +378,9 @@ class ToolHandler(Handler):
             )
 
         if admin.state in OPERATIONAL:
-            master.ask(AskLastTransaction).then(tell, lambda code, text: tell(None))
+            master.ask(AskLastTransaction).then(more, lambda code, text: more(None))
         else:
-            tell(None)
+            more(None)
 
     def flush_log(self, conn: Connection) -> None:
         self.admin.log.flush()

@@ -980,9 +980,11 @@ FEATURE_LEASE = b"lease"
 # Replicas are compared, also the data, and damaged values repaired: between storages,
 # from a master to a storage, from a client to a storage.
 FEATURE_CHECK = b"check"
+# What the primary waits for, as told to people: from an admin to a master.
+FEATURE_AWAITED = b"awaited"
 
 
-@packet(0x7000, "S -> C, M -> S")
+@packet(0x7000, "S -> C, M -> S, M -> A")
 def NotifyFeatures(features: Sequence[bytes]) -> None:
     """What the sender offers beyond protocol 5; right after AcceptIdentification."""
 
@@ -1060,3 +1062,23 @@ def AskCheck(
 @packet(0x7006, "C -> S, S -> S")
 def NotifyDamaged(oid: Oid, tid: Tid) -> None:
     """A value that the receiver sent doesn't have its checksum (feature `check`)."""
+
+
+@packet(0xF007, "M -> A")
+def AnswerAwaited(lines: Sequence[bytes]) -> None:
+    """Sentences; none if all is well."""
+
+
+@packet(0x7007, "A -> M", AnswerAwaited)
+def AskAwaited() -> None:
+    """Ask what the primary waits for, and why (feature `awaited`)."""
+
+
+@packet(0xF008, "S -> M")
+def AnswerLastTids(tids: Sequence[tuple[UInt, Tid, Tid]]) -> None:
+    """Partition, last tid of its transactions, of its records; ZERO_TID: none."""
+
+
+@packet(0x7008, "M -> S", AnswerLastTids)
+def AskLastTids(partitions: Sequence[UInt]) -> None:
+    """Ask how recent partitions are, before they are served (feature `check`)."""

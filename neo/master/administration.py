@@ -10,6 +10,7 @@ from neo.lib.handler import denied
 from neo.lib.node import Node, nid_str, wire_address
 from neo.lib.protocol import (
     READABLE,
+    AnswerAwaited,
     AnswerTweakPartitionTable,
     CellState,
     CheckPartition,
@@ -84,6 +85,10 @@ class Administration(Identified):
             if node.connection is not conn:
                 node.connection.notify(FlushLog)
         self.master.log.flush()
+
+    def ask_awaited(self, conn: Connection) -> None:
+        lines = [line.encode() for line in self.master.phase.describe()]
+        conn.answer(AnswerAwaited, lines)
 
     # --- nodes ------------------------------------------------------------------------
 

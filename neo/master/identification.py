@@ -10,6 +10,7 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, address_from_wire, as_row, nid_str, nid_type
 from neo.lib.protocol import (
+    FEATURE_AWAITED,
     FEATURE_LEASE,
     FEATURES,
     AcceptIdentification,
@@ -293,7 +294,11 @@ class Identification(Handler):
         # The peer first: nobody else tells it its own id timestamp.
         conn.notify(NotifyNodeInformation, master.timestamp(), [as_row(node), *rows])
         if "features" in node.extra:
-            conn.notify(NotifyFeatures, (FEATURE_LEASE,))
+            features = {
+                NodeType.STORAGE: (FEATURE_LEASE,),
+                NodeType.ADMIN: (FEATURE_AWAITED,),
+            }
+            conn.notify(NotifyFeatures, features[node.type])
         master.primary.joined(node, conn)
 
 
@@ -303,7 +308,10 @@ def _extra(kind: NodeType, extra: Mapping[bytes, Any]) -> dict[str, Any]:
     path = extra.get(b"devpath")
     if kind is NodeType.STORAGE and type(path) is tuple:
         known["devpath"] = tuple(part for part in path if type(part) is bytes)
-    if kind is NodeType.STORAGE and type(extra.get(FEATURES)) is tuple:
+    if (
+        kind in (NodeType.STORAGE, NodeType.ADMIN)
+        and type(extra.get(FEATURES)) is tuple
+    ):
         known["features"] = extra[FEATURES]
     backup = extra.get(b"backup")
     if kind is NodeType.ADMIN and type(backup) is tuple:

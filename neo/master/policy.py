@@ -405,6 +405,29 @@ def outdate(rows: Rows, running: Container[int], lost: int | None) -> list[Cell]
     return cells
 
 
+def behind(
+    rows: Rows, last_tids: Mapping[int, Mapping[int, tuple[bytes, bytes]]]
+) -> tuple[dict[tuple[int, int], None], dict[tuple[int, int], None]]:
+    """Readable cells, as (partition, nid), that are older than others; those that are
+    neither older nor the same.
+
+    `last_tids`: [partition][nid] of (last transaction, last record). When nothing is in
+    progress, all readable cells have the same; the others were put back to an older
+    copy. Those with the newest data remain.
+    """
+    old: dict[tuple[int, int], None] = {}
+    strange: dict[tuple[int, int], None] = {}
+    for partition, known in sorted(last_tids.items()):
+        row = rows[partition] if partition < len(rows) else {}
+        cells = {n: pair for n, pair in known.items() if row.get(n) in READABLE}
+        newest = max(cells.values(), key=lambda pair: (max(pair), pair), default=None)
+        for nid, pair in sorted(cells.items()):
+            if newest is not None and pair != newest:
+                is_old = pair[0] <= newest[0] and pair[1] <= newest[1]
+                (old if is_old else strange)[partition, nid] = None
+    return old, strange
+
+
 def drop(rows: Rows, nids: Container[int]) -> list[Cell] | None:
     """Remove these nodes from the table; None if a partition would be lost.
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # How often to look again at a storage that owes something, but is indispensable (s).
 WATCH_AGAIN = 1.0
+# Commits that wait for longer (s) are worth telling.
+PATIENCE = 2.0
 # A cluster that stops waits for so long (s) until all clients asked to finish what they
 # began, and until storages have locked that.
 STOP_PATIENCE = 4.0
@@ -189,8 +191,28 @@ class Running(PrimaryPhase):
             self.watchdog = master.runtime.call_later(delay, self._watch)
 
     def describe(self) -> list[str]:
-        starting = self.master.transactions.starting
-        return [f"{node} is starting" for node in starting]
+        master = self.master
+        now = master.runtime.monotonic()
+        transactions = master.transactions
+        lines = [
+            f"{nid_str(node.nid)} is starting since {now - since:.0f} s"
+            for node, since in transactions.starting.items()
+        ]
+        if transactions.settling.owing:
+            names = ", ".join(nid_str(node.nid) for node in transactions.settling.owing)
+            lines.append(f"commits wait for {names} to write the partition table")
+        if transactions.queue and transactions.queue[0].since < now - PATIENCE:
+            names = ", ".join(map(nid_str, transactions.queue[0].waiting))
+            lines.append(f"commits wait for locks of {names}")
+        if not self.authority.holds():
+            lines.append("storages are silent: are they connected to another master?")
+        lines += [
+            f"{nid_str(node.nid)} is put aside for {seconds:.0f} s: it did not get"
+            " ready in time, or clients can't reach it"
+            for node in master.nodes.of_type(NodeType.STORAGE)
+            if (seconds := self.put_aside(node)) and node.connection is None
+        ]
+        return lines
 
     def check(self) -> None:
         master = self.master
@@ -289,7 +311,7 @@ class Stopping(PrimaryPhase):
 
     def describe(self) -> list[str]:
         count = len(self.master.transactions.in_progress)
-        return [f"the end waits for {count} transactions"]
+        return [f"the end waits for {count} transactions"] if count else []
 
 
 class OperatingStorage(Storage):

@@ -15,13 +15,17 @@ from neo.lib.connection import Connection
 from neo.lib.exception import ProtocolError
 from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
+    FEATURE_CHECK,
     MAX_TID,
+    READABLE,
     ZERO_OID,
     ZERO_TID,
     AskFinalTID,
     AskLastIDs,
+    AskLastTids,
     AskLockedTransactions,
     AskPackOrders,
+    CellState,
     ClusterState,
     NodeType,
     Oid,
@@ -33,6 +37,7 @@ from neo.lib.protocol import (
 )
 from neo.lib.util import add64
 
+from . import policy
 from .phase import Claim, PrimaryPhase, Storage
 from .running import Running
 
@@ -59,6 +64,8 @@ class Verifying(PrimaryPhase):
         self.last_tid = ZERO_TID
         self.last_oid = ZERO_OID
         self.first_tid = MAX_TID
+        # [partition][nid]: last tids of (transactions, records) of readable cells
+        self.last_tids: dict[int, dict[int, tuple[bytes, bytes]]] = {}
 
     def enter(self) -> None:
         master = self.master
@@ -198,7 +205,37 @@ class Verifying(PrimaryPhase):
         master.packs.update()
         completed = master.packs.completed_by_nid
         first = add64(min(completed.values()), 1) if completed else ZERO_TID
-        self._ask_all(self._readable(), self._done, AskPackOrders, first)
+        self._ask_all(self._readable(), self._ask_ages, AskPackOrders, first)
+
+    def _ask_ages(self) -> None:
+        """Is the data of all readable cells as recent? A disk may be an old copy."""
+        self.asking = AskLastTids.name
+        self._next = self._compare_ages
+        pt = self.master.pt
+        for node in self._readable():
+            if FEATURE_CHECK in node.extra.get("features", ()):
+                cells = pt.assigned(node.nid or 0).items()
+                partitions = [p for p, state in cells if state in READABLE]
+                self._ask(node, AskLastTids, partitions)
+        self._advance()
+
+    def _compare_ages(self) -> None:
+        master = self.master
+        behind, strange = policy.behind(master.pt.rows, self.last_tids)
+        for partition, nid in (*behind, *strange):
+            master.log.error(
+                "partition %d: the data of %s is %s",
+                partition,
+                nid_str(nid),
+                "old: it is replicated again"
+                if (partition, nid) in behind
+                else "not the same as that of others: run neoctl check",
+            )
+        # Nothing that such a cell says of its progress can be believed: CORRUPTED makes
+        # the replication start at 0, without deleting what is there.
+        for state in (CellState.CORRUPTED, CellState.OUT_OF_DATE):
+            master.change_table([(partition, nid, state) for partition, nid in behind])
+        self._done()
 
     def _done(self) -> None:
         self.master.become(Running(self.master))
@@ -270,6 +307,15 @@ class VerifyingStorage(Storage):
     ) -> None:
         assert conn.node is not None
         self.phase.last_ids(last_tid, last_oid, first_tid)
+        self.phase.answered(conn.node)
+
+    def answer_last_tids(
+        self, conn: Connection, tids: Sequence[tuple[int, Tid, Tid]]
+    ) -> None:
+        assert conn.node is not None
+        for partition, *pair in tids:
+            cells = self.phase.last_tids.setdefault(partition, {})
+            cells[conn.node.nid or 0] = pair[0], pair[1]
         self.phase.answered(conn.node)
 
     def answer_pack_orders(self, conn: Connection, orders: Sequence[PackOrder]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from neo.lib.protocol import ClusterState
+from neo.lib.connection import Connection
+from neo.lib.handler import Handler
+from neo.lib.protocol import AskMonitorInformation, ClusterState
+from neo.lib.util import Address
 from tests.history import OK
 from tests.simulation.cluster import Shape
+from tests.simulation.runtime import SimRuntime
 from tests.simulation.test_cluster import World
 
 STANDARD = Shape(masters=2, storages=3, replicas=1, partitions=12, clients=2, admins=1)
@@ -301,4 +306,116 @@ def test_dead_storages_are_not_blamed() -> None:
         world.commits(5)
         world.cluster.restart("s1")
         world.sim.run_until(lambda: world.cluster.healthy, 5)
+    world.audit()
+
+
+# --- clocks ---------------------------------------------------------------------------
+
+STEPS = [-1, -5, -86400, 3600, 0.5]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_clock_of_the_primary_steps(step: float) -> None:
+    """Row 20, while running: nothing happens but a warning."""
+    world = world_of()
+    process = world.cluster.process(primary_of(world))
+    since = world.sim.time
+    for _ in range(3):
+        process.skew += step
+        world.commits(10)
+    process.drift = -1.0  # frozen
+    world.commits(10)
+    rng = world.sim.rng("clock")
+    for _ in range(20):
+        process.skew += rng.gauss(0, 2)
+        world.commits(3)
+    assert gap(world, since) <= 1
+    world.audit()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("masters", [1, 2])
+def test_clock_of_the_next_primary(masters: int, step: float) -> None:
+    """Row 20, at a restart or another master: a clock ahead is followed for ever."""
+    world = world_of(replace(STANDARD, masters=masters))
+    for direction in 1, -1, 1:
+        name = primary_of(world)
+        other = next((m for m in world.cluster.masters if m != name), name)
+        world.cluster.process(other).skew += step * direction
+        since = world.sim.time
+        world.cluster.crash(name)
+        if masters == 1:
+            world.cluster.restart(name)
+        world.commits(20)
+        assert gap(world, since) <= 3
+        if masters == 2:
+            world.cluster.restart(name)
+            world.sim.run(2)
+    world.audit()
+
+
+def test_clocks_of_all_differ() -> None:
+    """Scenario 180: by hours, and all step when they like."""
+    world = World(STANDARD)
+    rng = world.sim.rng("clock")
+    for _ in range(10):
+        for process in world.sim.processes.values():
+            process.skew += rng.choice([-1e5, -3600, -1, 0, 1, 3600, 1e5])
+        world.commits(10)
+        if rng.random() < 0.5:
+            name = rng.choice(world.cluster.nodes)
+            world.cluster.crash(name)
+            world.cluster.restart(name)
+    world.audit()
+
+
+# --- for people -----------------------------------------------------------------------
+
+
+class Tool(Handler):
+    """`neoctl print summary`."""
+
+    def __init__(self, runtime: SimRuntime, admin: Address) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.admin = admin
+        self.text = ""
+
+    def start(self) -> None:
+        self.runtime.connect(self.admin, self)
+
+    def connected(self, conn: Connection) -> None:
+        conn.ask(AskMonitorInformation).then(self._answered)
+
+    def _answered(self, warning: Any, problem: Any, text: bytes) -> None:
+        self.text = text.decode()
+
+
+def summary(world: World) -> list[str]:
+    """What `neoctl print summary` shows."""
+    address = world.cluster.addresses["a0"]
+    tool = world.sim.start("ctl", lambda runtime: Tool(runtime, address)).app
+    world.sim.run_until(lambda: tool.text, 5)
+    world.sim.crash("ctl")
+    lines: list[str] = tool.text.splitlines()
+    return lines
+
+
+def test_summary_says_who_is_awaited() -> None:
+    world = world_of()
+    first, *rest = summary(world)
+    assert first.startswith("RUNNING; UP_TO_DATE=24; ltid=")
+    assert rest == []
+    for name in world.cluster.nodes:
+        world.cluster.crash(name)
+    world.cluster.restart(*world.cluster.masters, "a0", "s0", "s2")
+    world.sim.run(3)
+    first, *rest = summary(world)
+    assert first == "RECOVERING; UP_TO_DATE=24; DOWN=3"
+    nid = world.cluster.disks["s1"].open().settings().nid
+    assert rest == [
+        f"    recovery waits for S{nid}, which may have newer data (or for an"
+        " administrator to start the cluster without)"
+    ]
+    world.cluster.restart()
     world.audit()
