@@ -375,7 +375,8 @@ class SQLiteBackend(SQLiteBase):
                 row = connection.execute("PRAGMA checksum_verification").fetchone()
                 if not row or not int(row[0]):
                     raise ConfigurationError("cksumvfs=1: checksums are not verified")
-        except sqlite3.Error as e:
+        except (sqlite3.Error, UnicodeDecodeError) as e:
+            # UnicodeDecodeError: what SQLite quotes of a damaged schema.
             raise ConfigurationError(f"can not open {location.path!r}: {e}") from e
         return connection
 
