@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help run test lint simulate fuzz chaos clean
+.PHONY: help run test lint simulate fuzz chaos bench bench-check growth clean
 
 help:
 	@echo "make run             a cluster on SQLite in $(DIR), in the foreground (DIR=...)"
@@ -25,6 +25,9 @@ help:
 	@echo "make fuzz            malformed input (INPUTS=$(INPUTS))"
 	@echo "make chaos           real processes: the scenarios of docs/reliability.md in"
 	@echo "                     full (half an hour), random faults (SECONDS=$(SECONDS))"
+	@echo "make bench           NEO beside its peers, and a plot in docs/ (ARGS=...)"
+	@echo "make bench-check     fail if NEO lost more than 25 % against ZEO"
+	@echo "make growth          cost per operation as sizes grow"
 	@echo "make clean           remove what make made, the cluster excepted"
 
 $(BIN)/python:
@@ -39,6 +42,10 @@ $(VENV)/.run: setup.py pyproject.toml | $(BIN)/python
 $(VENV)/.test: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench]'
+	@touch $@ $(VENV)/.run $(VENV)/.test
 
 run: $(VENV)/.run
 	@exec $(BIN)/neosimple $(ARGS) '$(DIR)'
@@ -60,6 +67,16 @@ fuzz: $(VENV)/.test
 chaos: $(VENV)/.test
 	NEO_CHAOS=$(SECONDS) $(PYTEST) tests/cluster/test_chaos.py \
 	    tests/cluster/test_scenarios_*.py $(ARGS)
+
+# On a quiet machine: about 10 minutes, 2 minutes, 10 minutes.
+bench: $(VENV)/.bench
+	$(BIN)/python -m tests.benchmark --plot $(ARGS)
+
+bench-check: $(VENV)/.bench
+	$(BIN)/python -m tests.benchmark --check --quick --repetitions 5 $(ARGS)
+
+growth: $(VENV)/.bench
+	$(BIN)/python -m tests.benchmark.growth $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist neoppod.egg-info .mypy_cache .ruff_cache .pytest_cache

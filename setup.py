@@ -39,6 +39,8 @@ extras["test"] = [
     "ruff",
     "types-python-dateutil",
 ]
+# The peers that NEO is compared with.
+extras["bench"] = [*extras["all"], "RelStorage >= 4", "ZEO >= 6", "mysqlclient"]
 
 commands = [
     "neoadmin",

@@ -1,0 +1,1 @@
+"""What NEO and its peers cost, measured by one harness: `make bench`."""
