@@ -267,6 +267,10 @@ class Stopping(PrimaryPhase):
         if master.transactions.in_progress and not anyway:
             return
         self.ending = True
+        # Nobody may ask for the last tid any more, which is forgotten.
+        for client in master.nodes.identified(NodeType.CLIENT):
+            master.disconnect(client, "the cluster stops")
+            master.nodes.remove(client)
         master.forget_operation()
         master.transactions.stopping = True
         master.runtime.unlisten()
@@ -280,7 +284,7 @@ class Stopping(PrimaryPhase):
 
     def client_handler(self, read_only: bool) -> Handler:
         """Clients may come back to ask what became of their transactions."""
-        if self.running is None:
+        if self.running is None or self.ending:
             raise not_ready("the cluster stops")
         return self.running.client_handler(read_only)
 
