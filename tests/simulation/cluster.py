@@ -6,22 +6,37 @@ kept besides, for the case that its machine dies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from neo.admin.app import Admin, AdminOptions
 from neo.lib.config import Limits
-from neo.lib.protocol import READABLE, ClusterState
-from neo.lib.util import Address
+from neo.lib.connection import Connection
+from neo.lib.exception import BackendError
+from neo.lib.handler import Handler
+from neo.lib.protocol import (
+    READABLE,
+    AddPendingNodes,
+    ClusterState,
+    NodeState,
+    NodeType,
+    Packet,
+    SetClusterState,
+    SetNodeState,
+    TweakPartitionTable,
+)
+from neo.lib.util import Address, u64
 from neo.master.app import Master, MasterOptions
 from neo.storage.app import StorageNode, StorageOptions
 from neo.storage.database.memory import MemoryBackend
 
-from .runtime import HOST, Process, SimRuntime, Simulation
+from .runtime import HOST, Process, SimRuntime, Simulation, SimulationFailed
 from .workload import TokenStorage
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 CLUSTER = "simulated"
@@ -33,6 +48,8 @@ class Disk:
 
     latest: what is committed, which survives the death of the process.
     durable: what survives the death of the machine for sure; `volatile` what may.
+    fail: called before each commit, may raise OSError. uncertain: the next commit
+    fails, as if its last fsync did: all or nothing of it may be found later.
     """
 
     def __init__(self, sim: Simulation, dedup: bool = False) -> None:
@@ -42,11 +59,14 @@ class Disk:
         self.latest: bytes | None = None
         self.durable: bytes | None = None
         self.volatile: list[bytes] = []
-        self.fail: Callable[[bool], object] | None = None  # may raise OSError
+        self.fail: Callable[[bool], object] | None = None
+        self.uncertain = False
+        self._opened: tuple[bytes | None, sqlite3.Connection] | None = None
 
     def open(self) -> MemoryBackend:
         """The database, as the disk has it."""
         self.backend = None
+        self.uncertain = False
         self.backend = MemoryBackend(self.latest, dedup=self.dedup, observer=self)
         self._keep(durable=True)
         return self.backend
@@ -58,8 +78,15 @@ class Disk:
 
     def after_commit(self, durable: bool) -> None:
         """See CommitObserver."""
-        if self.backend is not None:  # else it is being opened
-            self._keep(durable)
+        if self.backend is None:  # it is being opened
+            return
+        if self.uncertain:
+            before = self.latest
+            self._keep(durable=False)
+            if self.sim.rng("disk").random() < 0.5:
+                self.latest = before
+            raise BackendError("commit failed: Input/output error")
+        self._keep(durable)
 
     def _keep(self, durable: bool) -> None:
         assert self.backend is not None
@@ -81,6 +108,86 @@ class Disk:
         """All is lost."""
         self.latest = self.durable = None
         self.volatile.clear()
+
+    # --- a look into the durable image ---
+
+    def select(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        """Rows that are there after the death of the machine, whatever happens."""
+        image = self.durable
+        if image is None:
+            return []
+        if self._opened is None or self._opened[0] is not image:
+            connection = sqlite3.connect(":memory:", isolation_level=None)
+            connection.deserialize(image[:18] + b"\1\1" + image[20:])
+            if self._opened is not None:
+                self._opened[1].close()
+            self._opened = image, connection
+        return self._opened[1].execute(sql, args).fetchall()
+
+    def _setting(self, name: str) -> int | None:
+        rows = self.select("SELECT value FROM config WHERE name=?", name)
+        return int(rows[0][0]) if rows else None
+
+    @property
+    def nid(self) -> int | None:
+        """Whose disk it is."""
+        return self._setting("nid")
+
+    @property
+    def ptid(self) -> int | None:
+        """Version of its partition table."""
+        return self._setting("ptid")
+
+    def ttid_of(self, partition: int, tid: bytes) -> int | None:
+        """Ttid of an acknowledged transaction, in the partition of its metadata.
+
+        It may be only locked: then the next start finishes it.
+        """
+        done = "SELECT ttid FROM trans WHERE partition=? AND tid=?"
+        locked = "SELECT ttid FROM ttrans WHERE tid=?"
+        t = u64(tid)
+        rows = self.select(done, partition, t) or self.select(locked, t)
+        return rows[0][0] if rows else None
+
+    def has_object(self, partition: int, oid: bytes, tid: bytes, ttid: int) -> bool:
+        """Whether a version of an object is there, be it only voted."""
+        row = "SELECT 1 FROM {} WHERE partition=? AND oid=? AND tid=?"
+        return bool(
+            self.select(row.format("obj"), partition, u64(oid), u64(tid))
+            or self.select(row.format("tobj"), partition, u64(oid), ttid)
+        )
+
+
+class Operator(Handler):
+    """A control tool that sends one command to an admin node."""
+
+    def __init__(
+        self,
+        runtime: SimRuntime,
+        admin: Address,
+        packet: Packet[...],
+        args: tuple[Any, ...],
+        closed: Callable[[str], object],
+    ) -> None:
+        super().__init__()
+        self.packet, self.args = packet, args
+        self.outcome = "no answer"
+        self._closed = closed
+        self.conn = runtime.connect(admin, self)
+        runtime.call_later(60, lambda: self.conn.close("no answer"))
+
+    def connected(self, conn: Connection) -> None:
+        conn.ask(self.packet, *self.args).then(
+            lambda *answer: self._end(f"{answer}"),
+            lambda code, text: self._end(f"error {code}: {text}"),
+        )
+
+    def _end(self, outcome: str) -> None:
+        self.outcome = outcome
+        self.conn.close()
+
+    def closed(self, conn: Connection) -> None:
+        self._closed(self.outcome)
 
 
 class ClientNode:
@@ -107,6 +214,7 @@ class Shape:
     admins: int = 0
     dedup: bool = False
     compress: bool = False
+    spares: int = 0  # storages that may be started and added later
 
     @classmethod
     def drawn(cls, sim: Simulation) -> Shape:
@@ -122,6 +230,7 @@ class Shape:
             admins=rng.choice([0, 1]),
             dedup=rng.random() < 0.3,
             compress=rng.random() < 0.3,
+            spares=rng.choice([0, 0, 1, 2]),
         )
 
 
@@ -144,7 +253,8 @@ class Cluster:
         self.shape = shape = shape or Shape()
         suffix = f".{number}" if number else ""
         self.masters = [f"m{i}{suffix}" for i in range(shape.masters)]
-        self.storages = [f"s{i}{suffix}" for i in range(shape.storages)]
+        self.storages = [f"s{i}{suffix}" for i in range(shape.storages + shape.spares)]
+        self.spares = self.storages[shape.storages :]
         self.admins = [f"a{i}{suffix}" for i in range(shape.admins)]
         self.clients = [f"c{i}{suffix}" for i in range(shape.clients)]
         self.addresses: dict[str, Address] = {
@@ -156,6 +266,8 @@ class Cluster:
         }  # fmt: skip
         self.disks = {name: Disk(sim, shape.dedup) for name in self.storages}
         self.last_tids: dict[str, tuple[int, bytes]] = {}
+        # Identities of storages whose disk is lost, until they are removed.
+        self.lost: dict[int, None] = {}
         sim.invariants.append(self.check)
 
     # --- nodes ------------------------------------------------------------------------
@@ -169,8 +281,9 @@ class Cluster:
         return self.sim.process(name)
 
     def start(self, *names: str) -> None:
-        """Start nodes, all by default."""
-        for name in names or (*self.nodes, *self.clients):
+        """Start nodes, by default all but the spare ones."""
+        usual = [n for n in (*self.nodes, *self.clients) if n not in self.spares]
+        for name in names or usual:
             self.sim.start(name, getattr(self, f"_make_{name[0]}")(name))
 
     def _others(self, name: str) -> tuple[Address, ...]:
@@ -223,8 +336,73 @@ class Cluster:
     def restart(self, *names: str) -> None:
         """Start again those that are down, of all by default."""
         for name in names or self.nodes:
-            if not self.process(name).alive:
+            process = self.process(name)
+            if not process.alive and process.factory is not None:
                 self.sim.restart(name)
+
+    # --- operators --------------------------------------------------------------------
+
+    def command(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
+        """Let an operator send a command, by an admin that runs. No matter if it fails.
+
+        The outcome is noted in the trace.
+        """
+        text = f"{packet}{args!r}"
+        runtime = self._operator()
+        for name in self.admins:
+            if self.process(name).alive:
+                self.sim.note("OPERATOR", f"{text} to {name}")
+                address = self.addresses[name]
+                Operator(runtime, address, packet, args, partial(self._outcome, text))
+                return
+        self.sim.note("OPERATOR", f"{text}: no admin")
+
+    def _operator(self) -> SimRuntime:
+        process = self.process("o" + self.admins[0][1:] if self.admins else "o0")
+        if not process.alive:
+            process.start(lambda runtime: None)
+        return process.runtime
+
+    def _outcome(self, text: str, outcome: str) -> None:
+        self.sim.note("OPERATOR", f"{text}: {outcome}")
+        word = "refused" if outcome.startswith("error") else "done"
+        if outcome == "no answer":
+            word = outcome
+        self.sim.sometimes(f"{text.partition('(')[0]} {word}")
+
+    def lose(self, name: str) -> None:
+        """The disk of a storage that is down is lost for ever."""
+        nid = self.disks[name].nid
+        if nid is not None:
+            self.lost[nid] = None
+        self.disks[name].erase()
+
+    def replace_lost(self) -> None:
+        """What the documentation tells an operator to do once a disk was replaced.
+
+        To be called from time to time, as long as there are lost ones.
+        """
+        primary = self.primary
+        if primary is None:
+            return
+        nodes = primary.nodes
+        if self.state_of(primary) is ClusterState.RECOVERING:
+            self.command(SetClusterState, ClusterState.VERIFYING)
+            return
+        pending = [
+            node.nid
+            for node in nodes.of_type(NodeType.STORAGE)
+            if node.state is NodeState.PENDING and node.nid is not None
+        ]
+        known = [nid for nid in self.lost if nodes.by_nid(nid) is not None]
+        if pending:
+            self.command(AddPendingNodes, pending)
+        elif any(nid in primary.pt.nids() for nid in self.lost):
+            self.command(TweakPartitionTable, False, known)
+            for nid in known:
+                self.command(SetNodeState, nid, NodeState.UNKNOWN)
+        else:
+            self.lost.clear()
 
     # --- state ------------------------------------------------------------------------
 
@@ -296,6 +474,41 @@ class Cluster:
             if tid is not None:
                 self.last_tids[name] = process.incarnation, tid
 
+    def check_durable(
+        self, storage: TokenStorage, oids: Iterable[bytes], tid: bytes
+    ) -> None:
+        """Fail unless what a client was told is on the disks of all readable cells.
+
+        Its partition table is the one that the primary had when it said so. Source:
+        promise P7.
+        """
+        pt = storage._core.pt
+        np = pt.np
+        if not np:  # the primary was lost right after
+            return
+        names = {disk.nid: name for name, disk in self.disks.items()}
+
+        def cells(partition: int) -> list[str]:
+            nids = pt.readable[partition]
+            return [names[nid] for nid in nids if nid not in self.lost]
+
+        def fail(partition: int, name: str, lack: str) -> SimulationFailed:
+            return self.sim.failure(
+                f"P7: {tid.hex()} was acknowledged, but partition {partition} on the"
+                f" disk of {name} lacks its {lack}"
+            )
+
+        partition, ttid = u64(tid) % np, None
+        for name in cells(partition):
+            ttid = self.disks[name].ttid_of(partition, tid)
+            if ttid is None:
+                raise fail(partition, name, "metadata")
+        for oid in oids:
+            partition = u64(oid) % np
+            for name in cells(partition):
+                if not self.disks[name].has_object(partition, oid, tid, ttid or 0):
+                    raise fail(partition, name, f"object {oid.hex()}")
+
     def replicas(self) -> dict[str, dict[Any, Any]]:
         """Content of each readable cell: for `tests.history.check`."""
         primary = self.primary
@@ -303,6 +516,8 @@ class Cluster:
         result: dict[str, dict[Any, Any]] = {}
         for name in self.storages:
             node = self.sim.app(name)
+            if node is None:  # a spare one
+                continue
             backend = node.backend
             for partition, cell in backend.own_cells().items():
                 if cell.state in READABLE:
@@ -314,6 +529,8 @@ class Cluster:
         """Voted transactions that nobody finishes, and data that nobody refers to."""
         result = {}
         for name in self.storages:
+            if self.sim.app(name) is None:
+                continue
             backend = self.sim.app(name).backend
             count = len(backend.locked_transactions())
             backend.begin(False)

@@ -1,22 +1,35 @@
-"""Options of simulations: which seeds run."""
+"""Options of simulations: which seeds run, and what is told of them."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SEEDS = int(os.environ.get("NEO_SEEDS", 100))
+SEEDS = int(os.environ.get("NEO_SEEDS", 300))
+KEPT = Path(__file__).with_name("seeds.txt")
+# What all runs of this process reached: see `Simulation.sometimes`.
+MARKS: Counter[str] = Counter()
+# The same of xdist's workers.
+WORKERS: Counter[str] = Counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("simulation")
     group.addoption("--seeds", type=int, default=SEEDS, help="how many random seeds")
     group.addoption("--seed", action="append", help="repeat this seed (repeatable)")
+    group.addoption("--options", default="{}", help="change options of seeds: JSON")
+    group.addoption("--trace-file", metavar="FILE", help="write all that happens")
+    group.addoption(
+        "--shrink", action="store_true", help="search for a smaller run that fails"
+    )
 
 
 def base_seed() -> str:
@@ -48,10 +61,50 @@ def drawn_seeds(config: pytest.Config) -> list[int]:
     ]
 
 
+def kept_seeds() -> list[tuple[int, dict[str, Any], str]]:
+    """(seed, options, what it was) of seeds.txt."""
+    kept = []
+    for line in KEPT.read_text().splitlines():
+        text, _, comment = line.partition("#")
+        if text.strip():
+            seed, _, options = text.strip().partition(" ")
+            kept.append((int(seed), json.loads(options or "{}"), comment.strip()))
+    return kept
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "random_seed" in metafunc.fixturenames:
         metafunc.parametrize("random_seed", drawn_seeds(metafunc.config))
+    if "kept_seed" in metafunc.fixturenames:
+        kept = kept_seeds()
+        ids = [str(seed) for seed, _, _ in kept]
+        metafunc.parametrize("kept_seed", kept, ids=ids)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"simulation: {len(drawn_seeds(config))} seeds of {base_seed()}"
+
+
+@pytest.fixture
+def marks() -> Counter[str]:
+    """Where to add the marks of a run."""
+    return MARKS
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["marks"] = dict(MARKS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    WORKERS.update(getattr(node, "workeroutput", {}).get("marks", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found = MARKS + WORKERS
+    if found:
+        terminalreporter.section("simulation: states reached")
+        for name, number in sorted(found.items()):
+            terminalreporter.write_line(f"{number:8} {name}")

@@ -24,6 +24,7 @@ from neo.lib.util import Address
 if TYPE_CHECKING:
     from .runtime import Process, SimRuntime, Simulation
 
+GARBAGE = b"\xc1"  # means nothing in msgpack
 CHUNK = 1 << 16  # bytes delivered at once
 WINDOW = 1 << 18  # bytes of one direction that the kernels hold
 LINGER = 10.0
@@ -45,6 +46,7 @@ class Link:
         self._mu = math.log(low) + rng.random() * math.log(high / low)
         self.clogged = False
         self.refused = False
+        self.damage = 0.0  # probability that a packet arrives as garbage
         self.stalled: list[Callable[[], object]] = []  # what to do once released
 
     def delay(self) -> float:
@@ -72,6 +74,10 @@ class Pipe:
         """Send bytes, cut at random."""
         rng = self.sim.rng("network")
         self.size += len(data)
+        if self.link.damage and rng.random() < self.link.damage:
+            # No checksum protects a value in a packet, so what garbles it may pass
+            # unnoticed: here it is the beginning, which can't be one of a packet.
+            data = GARBAGE + data[len(GARBAGE) :]
         start = 0
         while start < len(data):
             left = len(data) - start

@@ -563,6 +563,7 @@ class Simulation:
         self.events = 0
         self.processes: dict[str, Process] = {}
         self.listeners: dict[Address, Listener] = {}
+        self.options = ""  # text for the report of a failure
         self.invariants: list[Callable[[], object]] = []  # after each event
         self.slow_invariants: list[Callable[[], object]] = []  # each virtual second
         self.current: Process | None = None
@@ -638,7 +639,7 @@ class Simulation:
         """An exception to raise: `text`, and what a replay needs."""
         return SimulationFailed(
             f"{text}\nseed {self.seed}, {self.time:.6f} s, {self.events} events,"
-            f" digest {self.digest}\n{self.report()}"
+            f" digest {self.digest}\noptions {self.options}\n{self.report()}"
         )
 
     # --- scheduler --------------------------------------------------------------------
@@ -660,12 +661,15 @@ class Simulation:
         time, _, _, callback = heapq.heappop(self._heap)
         self.time = time
         callback()
-        for invariant in self.invariants:
-            invariant()
-        if time >= self._next_slow:
-            self._next_slow = time + 1.0
-            for invariant in self.slow_invariants:
+        try:
+            for invariant in self.invariants:
                 invariant()
+            if time >= self._next_slow:
+                self._next_slow = time + 1.0
+                for invariant in self.slow_invariants:
+                    invariant()
+        except AssertionError as error:
+            raise self.failure(str(error)) from error
         return True
 
     def run(self, seconds: float) -> None:
@@ -727,7 +731,7 @@ class Simulation:
 
     def app(self, name: str) -> Any:
         """The node itself, None while it is down."""
-        return self.processes[name].app
+        return self.process(name).app
 
     def spawn(self, name: str, function: Callable[..., object], *args: Any) -> greenlet:
         """Run an application thread in a process."""
@@ -806,6 +810,7 @@ class Simulation:
         """Undo all that was done to links and clocks; wake who is paused."""
         for (src, dst), link in self._links.items():
             link.refused = False
+            link.damage = 0.0
             if link.clogged:
                 self.unclog(src, dst)
         for process in self.processes.values():

@@ -1,16 +1,127 @@
-"""One run: a cluster of a drawn shape, a workload, faults; then heal and audit."""
+"""One run: a cluster of a drawn shape, a workload, faults; then heal and audit.
+
+All that a run draws before it starts is in its `Options`, which a failure prints as
+JSON: `--options` repeats the run with some of them changed, `shrink` searches for the
+smallest ones that fail in the same way.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from typing import Any
+
 from .cluster import Cluster, Shape, transactions_of
-from .faults import Faults
-from .runtime import Simulation
+from .faults import COMMANDS, KINDS, Faults
+from .runtime import Simulation, SimulationFailed
 from .workload import Tokens
 
 SAFETY = 30.0  # seconds with faults
-COMMITS = 300  # that end the phase with faults
 LIVENESS = 120.0  # seconds that everything may take to recover
 QUIET = 5.0  # seconds after which nothing is left to do
+
+# Constants of modules that a run may have small, so that what is rare with the usual
+# values (several chunks, values that are spilled, full queues) is usual.
+TUNABLES: dict[str, tuple[int | float, ...]] = {
+    "neo.storage.replication:CHUNK": (1, 3, 10),
+    "neo.storage.replication:PIECE": (1, 5),
+    "neo.storage.replication:WAITING_SIZE": (0, 500),
+    "neo.storage.replication:SESSIONS_MAX": (1, 12),
+    "neo.storage.transactions:MEMORY_OF_TRANSACTION": (10, 200),
+    "neo.storage.transactions:MEMORY": (100, 1000),
+    "neo.storage.operation:DROP_SLICE": (1, 10),
+    "neo.storage.initialization:TRUNCATION_SLICE": (1, 10),
+    "neo.storage.peers:SLICE": (1,),
+    "neo.storage.peers:CHUNK_SIZE": (1, 1000),
+    "neo.storage.app:REPAIR_SLICE": (1, 10),
+    "neo.storage.client:SLICE": (1, 5),
+    "neo.storage.writer:LAZY_DELAY": (0, 10),
+    "neo.master.transactions:ALIVE": (0.01,),
+    "neo.client.app:OIDS_BLOCK": (1, 3),
+    "neo.client.app:OIDS_LOW": (0,),
+    "neo.client.app:CACHE_SIZE": (0, 1000),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run draws from its seed (swarm). See Simulation and Faults for most.
+
+    `commits` end the phase with faults, or `seconds`; `think`: mean pause between two
+    transactions of a thread; `skew`: bound of the differences between clocks.
+    """
+
+    shape: Shape = field(default_factory=Shape)
+    kinds: tuple[str, ...] = KINDS
+    every: float = 1.0
+    longest: float = 1.0
+    skip: tuple[int, ...] = ()
+    commits: int = 100
+    seconds: float = SAFETY
+    think: float = 0.1
+    latency: tuple[float, float] = (0.0002, 0.02)
+    cut: float = 0.1
+    disk_latency: float = 0.002
+    buggify: float = 0.0
+    skew: float = 0.0
+    tunables: dict[str, int | float] = field(default_factory=dict)
+
+    @classmethod
+    def drawn(cls, seed: int | str) -> Options:
+        sim = Simulation(seed, trace=False)
+        rng = sim.rng("options")
+        shape = Shape.drawn(sim)
+        share = rng.choice([0.1, 0.2, 0.5])
+        kinds = tuple(kind for kind in KINDS if rng.random() < share) or ("crash",)
+        if set(kinds) & set(COMMANDS):
+            shape.admins = 1
+        return cls(
+            shape,
+            kinds,
+            every=rng.choice([0.2, 0.5, 1, 3, 6]),
+            longest=rng.choice([0.1, 0.3, 1]),
+            commits=rng.choice([50, 100, 200]),
+            think=rng.choice([0.01, 0.1, 0.5]),
+            latency=rng.choice([(0.0002, 0.002), (0.0002, 0.05), (0.02, 0.2)]),
+            cut=rng.choice([0, 0.1, 0.5]),
+            disk_latency=rng.choice([0.0001, 0.002, 0.02]),
+            buggify=rng.choice([0, 0.5]),
+            skew=rng.choice([0, 1, 3600]),
+            tunables={
+                name: rng.choice(values)
+                for name, values in TUNABLES.items()
+                if rng.random() < 0.2
+            },
+        )
+
+    def changed(self, values: dict[str, Any]) -> Options:
+        """With some options of a JSON object; of the shape too."""
+        values = {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+        shape = values.pop("shape", {})
+        return replace(self, shape=replace(self.shape, **shape), **values)
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@contextmanager
+def tuned(tunables: dict[str, int | float]) -> Iterator[None]:
+    """Have constants of modules at other values."""
+    places = [
+        (import_module(name.partition(":")[0]), name.partition(":")[2])
+        for name in tunables
+    ]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for (module, name), value in zip(places, tunables.values(), strict=True):
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 class Run:
@@ -20,31 +131,46 @@ class Run:
         self,
         seed: int | str,
         *,
+        options: Options | None = None,
         shape: Shape | None = None,
         kinds: list[str] | None = None,
-        every: float = 1.0,
+        every: float | None = None,
         trace: bool | None = None,
     ) -> None:
-        sim = self.sim = Simulation(seed, trace=trace)
-        rng = sim.rng("options")
-        sim.cut = rng.choice([0, 0.1, 0.5])
-        sim.latency = rng.choice([(0.0002, 0.002), (0.0002, 0.05), (0.02, 0.2)])
-        sim.disk_latency = rng.choice([0.0001, 0.002, 0.02])
-        self.cluster = Cluster(sim, shape or Shape.drawn(sim))
-        self.kinds, self.every = kinds, every
-        self.tokens = Tokens(sim, think=rng.choice([0.01, 0.1, 0.5]))
-        self.faults: Faults | None = None
-        sim.note(
-            "OPTIONS",
-            f"{self.cluster.shape}, latency {sim.latency}, disk {sim.disk_latency},"
-            f" cut {sim.cut}, think {self.tokens.think}",
+        if options is None:
+            options = Options.drawn(seed)
+        if shape is not None:
+            options = replace(options, shape=shape)
+        if kinds is not None:
+            options = replace(options, kinds=tuple(kinds))
+        if every is not None:
+            options = replace(options, every=every, longest=1.0)
+        self.options = options
+        sim = self.sim = Simulation(
+            seed,
+            latency=options.latency,
+            cut=options.cut,
+            disk_latency=options.disk_latency,
+            buggify=options.buggify,
+            trace=trace,
         )
+        sim.options = str(options)
+        self.cluster = Cluster(sim, options.shape)
+        self.tokens = Tokens(sim, think=options.think)
+        self.tokens.acknowledged = lambda storage, attempt: self.cluster.check_durable(
+            storage, attempt.written, attempt.tid or b""
+        )
+        self.faults: Faults | None = None
 
     def start(self) -> None:
         """Create the cluster and its objects."""
-        cluster = self.cluster
+        cluster, sim = self.cluster, self.sim
+        rng = sim.rng("options")
+        for name in (*cluster.nodes, *cluster.clients):
+            skew = self.options.skew
+            cluster.process(name).skew = rng.uniform(-skew, skew)
         cluster.start()
-        self.sim.run_until(lambda: cluster.running, 60)
+        sim.run_until(lambda: cluster.running, 60)
         cluster.call(self.tokens.create, cluster.storage())
         for name in cluster.clients:
             self.start_client(name)
@@ -54,18 +180,26 @@ class Run:
         for _ in range(self.cluster.shape.threads):
             self.tokens.start(name, self.cluster.storage(name))
 
-    def execute(self, seconds: float = SAFETY) -> None:
+    def execute(self, seconds: float | None = None) -> None:
         """All phases."""
+        with tuned(self.options.tunables):
+            self._execute(seconds)
+
+    def _execute(self, seconds: float | None) -> None:
+        options, tokens = self.options, self.tokens
         self.start()
-        if self.kinds is None:
-            self.faults = Faults.drawn(self.cluster, self.start_client)
-        else:
-            self.faults = Faults(
-                self.cluster, self.kinds, self.every, self.start_client
-            )
-        self.sim.note("OPTIONS", f"{self.faults.kinds} every {self.faults.every}")
-        enough = self.tokens.committed + COMMITS
-        self.sim.run_until(lambda: self.tokens.committed >= enough, seconds, fail=False)
+        self.faults = Faults(
+            self.cluster,
+            options.kinds,
+            options.every,
+            self.start_client,
+            options.longest,
+            options.skip,
+        )
+        enough = tokens.committed + options.commits
+        self.sim.run_until(
+            lambda: tokens.committed >= enough, seconds or options.seconds, fail=False
+        )
         self.recover()
         self.audit()
 
@@ -74,6 +208,14 @@ class Run:
         assert self.faults is not None
         sim, cluster, tokens = self.sim, self.cluster, self.tokens
         self.faults.stop()
+        sim.at(sim.time, lambda: None)  # the phase may begin with an empty heap
+        if cluster.lost:
+            # Nodes have found each other by then, if they can.
+            sim.run(90)
+            end = sim.time + LIVENESS
+            while cluster.lost and sim.time < end:
+                cluster.replace_lost()
+                sim.run(3)
         sim.run_until(lambda: cluster.healthy, LIVENESS)
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
@@ -91,3 +233,86 @@ class Run:
         cluster.call(self.tokens.check, cluster.storage(), replicas, metadata)
         if leftovers := cluster.leftovers():
             raise self.sim.failure(f"left in temporary tables: {leftovers}")
+
+
+# --- smaller runs that fail -----------------------------------------------------------
+
+
+def failure(seed: int | str, options: Options) -> tuple[str, Run] | None:
+    """First line of what is wrong with a run, None if all is well."""
+    run = Run(seed, options=options)
+    try:
+        run.execute()
+    except SimulationFailed as error:
+        return str(error).partition("\n")[0], run
+    return None
+
+
+def kind_of(text: str) -> str:
+    """What failures of one reason have in common: their text without its numbers."""
+    return "".join(c for c in text if not c.isdigit())[:40]
+
+
+def shrink(
+    seed: int | str, options: Options, report: Callable[[str], object], tries: int = 300
+) -> Options:
+    """The smallest options found that fail as those given do.
+
+    Faults are removed by halves, quarters... down to single ones, then what makes the
+    cluster big, in turn, until nothing more can be removed or after `tries` runs.
+    """
+    found = failure(seed, options)
+    assert found is not None, "this run does not fail"
+    text, run = found
+    wanted = kind_of(text)
+    report(text)
+
+    def attempt(smaller: Options) -> bool:
+        nonlocal tries, options, run
+        if tries <= 0:
+            return False
+        tries -= 1
+        found = failure(seed, smaller)
+        if found is None or kind_of(found[0]) != wanted:
+            return False
+        options, run = smaller, found[1]
+        assert run.faults is not None
+        report(f"{len(run.faults.done)} faults: {options}")
+        return True
+
+    before = None
+    while before != options and tries > 0:
+        before = options
+        assert run.faults is not None
+        size = len(run.faults.done)
+        while size:
+            done = run.faults.done
+            for start in range(0, len(done), size):
+                skip = {*options.skip, *done[start : start + size]}
+                attempt(replace(options, skip=tuple(sorted(skip))))
+            size //= 2
+        for smaller in _smaller(options):
+            attempt(smaller(options))
+    return options
+
+
+def _smaller(options: Options) -> Iterator[Callable[[Options], Options]]:
+    """Ways to make a run smaller."""
+    for name, value in asdict(options.shape).items():
+        least = {"masters": 1, "storages": 1, "partitions": 1, "clients": 1}
+        if type(value) is int and value > least.get(name, 0):
+            yield lambda o, n=name: _with_shape(o, n, getattr(o.shape, n) - 1)
+        elif value is True:
+            yield lambda o, n=name: _with_shape(o, n, False)
+    yield lambda o: replace(o, commits=o.commits // 2)
+    yield lambda o: replace(o, buggify=0.0)
+    yield lambda o: replace(o, skew=0.0)
+    for tunable in options.tunables:
+        yield lambda o, n=tunable: replace(
+            o, tunables={k: v for k, v in o.tunables.items() if k != n}
+        )
+    yield lambda o: replace(o, cut=0.0)
+
+
+def _with_shape(options: Options, name: str, value: object) -> Options:
+    return replace(options, shape=replace(options.shape, **{name: value}))

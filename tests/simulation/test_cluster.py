@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from tests.history import OK
 from tests.simulation.cluster import CLUSTER, Cluster, Disk, Shape, transactions_of
 from tests.simulation.faults import KINDS
 from tests.simulation.runtime import SimRuntime, Simulation
-from tests.simulation.scenario import Run
+from tests.simulation.scenario import Options, Run, shrink
 from tests.simulation.workload import ALL, Tokens
 
 SHAPES = [
@@ -284,13 +287,43 @@ def test_empty_storages_with_one_nid(is_running: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kind_of_fault(kind: str) -> None:
-    shape = Shape(2, 3, 1, 3, 2, 2, 1)
+    shape = Shape(2, 3, 1, 3, 2, 2, 1, spares=1)
     Run(f"kind {kind}", shape=shape, kinds=[kind], every=0.5).execute()
 
 
-def test_random(random_seed: int) -> None:
+def execute(
+    seed: int, changes: dict[str, Any], config: pytest.Config, marks: Counter[str]
+) -> None:
+    """One run, as the command line wants it."""
+    changes = {**changes, **json.loads(config.getoption("--options", "{}"))}
+    options = Options.drawn(seed).changed(changes)
+    if config.getoption("--shrink", False):
+        options = shrink(seed, options, print)
+    path = config.getoption("--trace-file", None)
+    run = Run(seed, options=options, trace=True if path else None)
+    try:
+        run.execute()
+    finally:
+        if path:
+            Path(path).write_text(run.sim.report(None))
+        marks.update(run.sim.marks)
+
+
+def test_random(
+    random_seed: int, request: pytest.FixtureRequest, marks: Counter[str]
+) -> None:
     """Anything at any time."""
-    Run(random_seed).execute()
+    execute(random_seed, {}, request.config, marks)
+
+
+def test_kept(
+    kept_seed: tuple[int, dict[str, Any], str],
+    request: pytest.FixtureRequest,
+    marks: Counter[str],
+) -> None:
+    """What failed once."""
+    seed, changes, _ = kept_seed
+    execute(seed, changes, request.config, marks)
 
 
 def digest(seed: int) -> str:

@@ -6,6 +6,7 @@ attempts are there, where, and in which order (`tests/history.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transaction.interfaces import TransientError
@@ -66,6 +67,8 @@ class Tokens:
         self.attempts: list[Attempt] = []
         self.running = 0  # threads that have not ended
         self.stopping = False
+        #: called with a storage and each attempt that it acknowledged
+        self.acknowledged: Callable[[TokenStorage, Attempt], object] | None = None
         self._number = 0
 
     # --- threads ----------------------------------------------------------------------
@@ -189,6 +192,8 @@ class Tokens:
             attempt.phase = "finish"
             attempt.tid = storage.tpc_finish(txn)
             attempt.outcome = OK
+            if self.acknowledged is not None:
+                self.acknowledged(storage, attempt)
         finally:
             storage.tpc_abort(txn)
 
