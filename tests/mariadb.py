@@ -34,7 +34,6 @@ HOW_TO = "as root: apt-get install mariadb-server mariadb-plugin-rocksdb"
 OPTIONS = [
     "--innodb-buffer-pool-size=24M",
     "--innodb-log-file-size=32M",
-    "--innodb-fast-shutdown=2",
     "--max-connections=200",
 ]
 ROOM = 1 << 30  # bytes that must be free for the server to be in memory

@@ -74,7 +74,8 @@ class MariaDB:
         # With another name until it is complete.
         new = f"{self.data}.new"
         shutil.rmtree(new, ignore_errors=True)
-        options = [o.replace(self.data, new) for o in self._options]
+        innodb = [option for option in self._more if option.startswith("--innodb-")]
+        options = [o.replace(self.data, new) for o in (*self._options, *innodb)]
         with open(self.log, "ab") as log:
             status = subprocess.run(
                 [

@@ -56,6 +56,7 @@ PACKET_MIN = 32769 << 10
 # Statements are sent when so many bytes of them wait; a single one may be longer.
 BATCH = 1 << 20
 RETRIES = 2  # of a read, each after a reconnection
+LOCK_S = 5  # patience with a node that is dead, but not for the server
 RECONNECT_S = 5.0  # patience with a server that restarts: less than that of peers
 CHUNKED_MIN = 1 << 24  # what MEDIUMBLOB can't hold
 CHUNK = 1 << 23
@@ -131,7 +132,7 @@ class Server:
                     raise ConfigurationError(
                         f"can not open database {self.name!r}: {e}"
                     ) from e
-                log.warning("waiting for the server of database %r: %s", self.name, e)
+                log.warning("waiting for the server of %r: %s", self.name, str(e))
             time.sleep(1)
 
     def connect_again(self, autocommit: bool, why: object) -> Connection:
@@ -316,7 +317,7 @@ class MySQLBackend(SQLBackend, MySQLReader):
     def _open(self, server: Server, dedup: bool, reset: bool) -> None:
         self._server = server
         assert self._connection is not None
-        self._take_lock(self._connection, 0)
+        self._take_lock(self._connection)
         self._check_server()
         self._open_reader(server)
         self._readers.append(self)
@@ -325,10 +326,13 @@ class MySQLBackend(SQLBackend, MySQLReader):
         self.open_database(dedup, reset)
         self._delete_deferred()
 
-    def _take_lock(self, connection: Connection, timeout: int) -> None:
-        """Make sure that nobody else uses the database (2.5)."""
+    def _take_lock(self, connection: Connection) -> None:
+        """Make sure that nobody else uses the database (2.5).
+
+        A process that was killed has the lock until the server notices its end.
+        """
         sql = "SELECT GET_LOCK(?, ?)"
-        args = (f"{self._server.name}.neostorage", timeout)
+        args = (f"{self._server.name}.neostorage", LOCK_S)
         if connection.select(render(sql, args))[0][0] != 1:
             raise DatabaseLocked("database is locked")
 
@@ -405,8 +409,7 @@ class MySQLBackend(SQLBackend, MySQLReader):
             )
         self._connection = self._server.connect_again(False, "closed by the server")
         try:
-            # Until it sees the end of the former connection, that one has the lock.
-            self._take_lock(self._connection, int(RECONNECT_S))
+            self._take_lock(self._connection)
         except (Lost, Failed) as e:
             raise backend_error(e) from e
 
@@ -446,6 +449,7 @@ class MySQLBackend(SQLBackend, MySQLReader):
                 results += self._connection.run(b";".join(statements))
                 break
             except Lost as e:
+                self._sent = False  # there is nothing to roll back any more
                 raise backend_error(e) from e
             except Failed as e:
                 if e.code != LOCK_WAIT_TIMEOUT or not self._waits_for_locks:
