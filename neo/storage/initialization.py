@@ -15,8 +15,10 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler
 from neo.lib.protocol import (
     MAX_TID,
+    ZERO_TID,
     AnswerFinalTID,
     AnswerLastIDs,
+    AnswerLastTids,
     AnswerLockedTransactions,
     AnswerPackOrders,
     AnswerPartitionTable,
@@ -231,6 +233,18 @@ class Initialization(MasterHandler):
                 truncated(True)
 
         self.writer.barrier(ready)
+
+    def ask_last_tids(self, conn: Connection, partitions: Sequence[int]) -> None:
+        reply, backend = conn.defer(), self.backend
+
+        def answer() -> None:
+            rows = []
+            for partition in partitions:
+                tids = backend.last_tids_of_partition(partition)
+                rows.append((partition, tids[0] or ZERO_TID, tids[1] or ZERO_TID))
+            reply.answer(AnswerLastTids, rows)
+
+        self.hold(conn, answer)
 
     def start_operation(self, conn: Connection, backup: bool) -> None:
         pt = self.node.pt
