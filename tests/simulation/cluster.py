@@ -266,6 +266,7 @@ class Cluster:
         }  # fmt: skip
         self.disks = {name: Disk(sim, shape.dedup) for name in self.storages}
         self.last_tids: dict[str, tuple[int, bytes]] = {}
+        self.autostart = shape.storages  # of masters that start from now on
         # Identities of storages whose disk is lost, until they are removed.
         self.lost: dict[int, None] = {}
         sim.invariants.append(self.check)
@@ -290,16 +291,16 @@ class Cluster:
         return tuple(self.addresses[m] for m in self.masters if m != name)
 
     def _make_m(self, name: str) -> Callable[[SimRuntime], Master]:
-        options = MasterOptions(
+        options = partial(
+            MasterOptions,
             cluster=CLUSTER,
             bind=self.addresses[name],
             masters=self._others(name),
             partitions=self.shape.partitions,
             replicas=self.shape.replicas,
-            autostart=self.shape.storages,
             limits=self.limits,
         )
-        return lambda runtime: Master(runtime, options)
+        return lambda runtime: Master(runtime, options(autostart=self.autostart))
 
     def _make_s(self, name: str) -> Callable[[SimRuntime], StorageNode]:
         options = StorageOptions(
@@ -486,7 +487,11 @@ class Cluster:
         np = pt.np
         if not np:  # the primary was lost right after
             return
-        names = {disk.nid: name for name, disk in self.disks.items()}
+        names = {
+            disk.nid: name
+            for name, disk in self.disks.items()
+            if disk.ptid is not None  # else its nid is a wish
+        }
 
         def cells(partition: int) -> list[str]:
             nids = pt.readable[partition]
@@ -529,9 +534,10 @@ class Cluster:
         """Voted transactions that nobody finishes, and data that nobody refers to."""
         result = {}
         for name in self.storages:
-            if self.sim.app(name) is None:
+            node = self.sim.app(name)
+            if node is None or node.operation is None:
                 continue
-            backend = self.sim.app(name).backend
+            backend = node.backend
             count = len(backend.locked_transactions())
             backend.begin(False)
             count += backend.prune_orphans(0, 1 << 30, True)[0]

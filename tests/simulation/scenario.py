@@ -76,7 +76,7 @@ class Options:
         shape = Shape.drawn(sim)
         share = rng.choice([0.1, 0.2, 0.5])
         kinds = tuple(kind for kind in KINDS if rng.random() < share) or ("crash",)
-        if set(kinds) & set(COMMANDS):
+        if set(kinds) & {*COMMANDS, "lost-disk"}:
             shape.admins = 1
         return cls(
             shape,
@@ -157,9 +157,7 @@ class Run:
         sim.options = str(options)
         self.cluster = Cluster(sim, options.shape)
         self.tokens = Tokens(sim, think=options.think)
-        self.tokens.acknowledged = lambda storage, attempt: self.cluster.check_durable(
-            storage, attempt.written, attempt.tid or b""
-        )
+        self.tokens.acknowledged = self.cluster.check_durable
         self.faults: Faults | None = None
 
     def start(self) -> None:
@@ -171,6 +169,8 @@ class Run:
             cluster.process(name).skew = rng.uniform(-skew, skew)
         cluster.start()
         sim.run_until(lambda: cluster.running, 60)
+        # As documented: else who starts again with the spare ones makes a new cluster.
+        cluster.autostart = 0
         cluster.call(self.tokens.create, cluster.storage())
         for name in cluster.clients:
             self.start_client(name)

@@ -67,8 +67,9 @@ class Tokens:
         self.attempts: list[Attempt] = []
         self.running = 0  # threads that have not ended
         self.stopping = False
-        #: called with a storage and each attempt that it acknowledged
-        self.acknowledged: Callable[[TokenStorage, Attempt], object] | None = None
+        #: called with the storage, the oids and the tid of each commit
+        self.acknowledged: Callable[[Any, list[bytes], bytes], object] | None = None
+        self.created: dict[bytes, str] = {}  # new objects: oid -> token
         self._number = 0
 
     # --- threads ----------------------------------------------------------------------
@@ -157,7 +158,7 @@ class Tokens:
         rng = self.rng
         kind = rng.random()
         token = attempt.token
-        checked = None
+        checked = new = None
         if kind < 0.5:
             oids = rng.sample(ALL, rng.randint(1, 3))
             amounts = [0] * len(oids)
@@ -168,6 +169,10 @@ class Tokens:
         else:
             *oids, checked = rng.sample(ALL, 2)
             amounts = [0]
+        if rng.random() < 0.1:
+            new = storage.new_oid()
+            if new in self.created:
+                raise self.sim.failure(f"P11: {new.hex()} is given again")
         values = {
             oid: self._read(storage, attempt, oid).append(token, amount)
             for oid, amount in zip(oids, amounts, strict=True)
@@ -181,19 +186,25 @@ class Tokens:
             attempt.phase = "store"
             for oid, value in values.items():
                 storage.store(oid, attempt.reads[oid], value.encode(), "", txn)
+            if new is not None:
+                data = Value((token,), 0).encode()
+                storage.store(new, bytes(8), data, "", txn)
             if checked is not None:
                 attempt.checked = (checked,)
                 storage.checkCurrentSerialInTransaction(
                     checked, attempt.reads[checked], txn
                 )
             attempt.written = tuple(oids)
+            changed = oids if new is None else [*oids, new]
             attempt.phase = "vote"
             attempt.resolved = tuple(storage.tpc_vote(txn))
             attempt.phase = "finish"
             attempt.tid = storage.tpc_finish(txn)
             attempt.outcome = OK
+            if new is not None:
+                self.created[new] = token
             if self.acknowledged is not None:
-                self.acknowledged(storage, attempt)
+                self.acknowledged(storage, changed, attempt.tid)
         finally:
             storage.tpc_abort(txn)
 
@@ -210,9 +221,10 @@ class Tokens:
         """Compare with what the cluster holds: run it in an application thread."""
         storage.sync()
         versions = {}
+        tid_after = p64(u64(storage.lastTransaction()) + 1)
         for oid in ALL:
             revisions = []
-            tid = p64(u64(storage.lastTransaction()) + 1)
+            tid = tid_after
             while True:
                 try:
                     found = storage.loadBefore(oid, tid)
@@ -223,6 +235,10 @@ class Tokens:
                 data, tid, _ = found
                 revisions.append((tid, decode(data)))
             versions[oid] = revisions[::-1]
+        for oid, token in self.created.items():
+            found = storage.loadBefore(oid, tid_after)
+            assert found is not None, (oid, token)
+            assert decode(found[0]).tokens == (token,), (oid, token, found)
         wrong = check(self.attempts, versions, replicas, metadata)
         if wrong:
             raise self.sim.failure("\n".join(wrong))
