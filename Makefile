@@ -15,13 +15,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help run test lint simulate fuzz chaos bench bench-check growth clean
+.PHONY: help run test lint simulate mutation fuzz chaos bench bench-check growth clean
 
 help:
 	@echo "make run             a cluster on SQLite in $(DIR), in the foreground (DIR=...)"
 	@echo "make test            all tests (ARGS=... for pytest, WORKERS=$(WORKERS))"
 	@echo "make lint            ruff and mypy"
 	@echo "make simulate        clusters in the simulator (SEEDS=$(SEEDS))"
+	@echo "make mutation        bugs planted for the simulator to find (SEEDS=$(SEEDS))"
 	@echo "make fuzz            malformed input (INPUTS=$(INPUTS))"
 	@echo "make chaos           real processes: the scenarios of docs/reliability.md in"
 	@echo "                     full (half an hour), random faults (SECONDS=$(SECONDS))"
@@ -60,6 +61,9 @@ lint: $(VENV)/.test
 
 simulate: $(VENV)/.test
 	NEO_SEEDS=$(SEEDS) $(PYTEST) -n $(WORKERS) tests/simulation $(ARGS)
+
+mutation: $(VENV)/.test
+	$(BIN)/python -m tests.simulation.planted.mutation --seeds $(SEEDS) --jobs $(WORKERS)
 
 fuzz: $(VENV)/.test
 	NEO_FUZZ=$(INPUTS) $(PYTEST) -n $(WORKERS) tests/fuzz $(ARGS)

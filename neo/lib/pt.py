@@ -29,7 +29,7 @@ class PartitionTable:
     only. `np` is the number of partitions, 0 while there is no table (`ptid` is None).
     """
 
-    __slots__ = ("cells", "np", "ptid", "readable", "replicas", "rows")
+    __slots__ = ("_is_checked", "cells", "np", "ptid", "readable", "replicas", "rows")
 
     def __init__(self) -> None:
         self.clear()
@@ -40,6 +40,7 @@ class PartitionTable:
 
     def load(self, ptid: int | None, replicas: int, rows: Rows) -> None:
         """Replace all by what SendPartitionTable says."""
+        self._is_checked = False  # since the last change
         self.ptid = ptid
         self.replicas = replicas
         self.rows: list[dict[int, CellState]] = [dict(row) for row in rows]
@@ -71,6 +72,7 @@ class PartitionTable:
         touched = sorted({partition for partition, _, _ in cells})
         if touched and not 0 <= touched[0] <= touched[-1] < self.np:
             raise ProtocolError(f"partition out of range 0..{self.np - 1}")
+        self._is_checked = False
         self.ptid = ptid
         self.replicas = replicas
         for partition, nid, state in cells:
@@ -135,7 +137,10 @@ class PartitionTable:
         return [list(row.items()) for row in self.rows[first:last]]
 
     def check(self) -> None:
-        """Assert that the indexes tell the truth."""
+        """Assert that the indexes tell the truth: once after each change."""
+        if self._is_checked:
+            return
+        self._is_checked = True
         for partition, row in enumerate(self.rows):
             assert all(type(state) is CellState for state in row.values()), row
             cells, readable = self.cells[partition], self.readable[partition]

@@ -47,6 +47,7 @@ Job = tuple[Callable[[], Any], Callable[[Any], object]]
 
 EPOCH = 1_800_000_000.0  # the wall clock of a node without skew, at virtual time 0
 HOST = "127.0.0.1"
+EVENTS_MAX = 500_000  # of a run: more means that nodes keep each other busy
 
 
 class SimulationFailed(AssertionError):
@@ -613,6 +614,8 @@ class Simulation:
     def event(self, process: Process, kind: str, args: tuple[Any, ...]) -> None:
         """Record an event of a process."""
         self.events += 1
+        if self.events > EVENTS_MAX:
+            raise self.failure("too many events")
         data = args[0] if args and isinstance(args[0], bytes) else None
         check = 0 if data is None else zlib.crc32(data)
         line = f"{self.time!r} {process.name} {kind} {check}\n"

@@ -21,6 +21,7 @@ from .workload import Tokens
 
 SAFETY = 30.0  # seconds with faults
 LIVENESS = 120.0  # seconds that everything may take to recover
+CALM = 0.5  # seconds between two transactions of a thread, meanwhile
 QUIET = 5.0  # seconds after which nothing is left to do
 
 # Constants of modules that a run may have small, so that what is rare with the usual
@@ -208,7 +209,7 @@ class Run:
         assert self.faults is not None
         sim, cluster, tokens = self.sim, self.cluster, self.tokens
         self.faults.stop()
-        sim.at(sim.time, lambda: None)  # the phase may begin with an empty heap
+        tokens.think = max(tokens.think, CALM)
         if cluster.lost:
             # Nodes have found each other by then, if they can.
             sim.run(90)

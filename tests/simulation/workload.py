@@ -67,6 +67,7 @@ class Tokens:
         self.attempts: list[Attempt] = []
         self.running = 0  # threads that have not ended
         self.stopping = False
+        self.committed = 0  # attempts that were acknowledged
         #: called with the storage, the oids and the tid of each commit
         self.acknowledged: Callable[[Any, list[bytes], bytes], object] | None = None
         self.created: dict[bytes, str] = {}  # new objects: oid -> token
@@ -86,6 +87,7 @@ class Tokens:
                 storage.tpc_vote(txn)
                 attempt.tid = storage.tpc_finish(txn)
                 attempt.outcome = OK
+                self.committed += 1
             except TransientError:
                 storage.tpc_abort(txn)
         attempt.written = tuple(ALL)
@@ -201,6 +203,7 @@ class Tokens:
             attempt.phase = "finish"
             attempt.tid = storage.tpc_finish(txn)
             attempt.outcome = OK
+            self.committed += 1
             if new is not None:
                 self.created[new] = token
             if self.acknowledged is not None:
@@ -209,11 +212,6 @@ class Tokens:
             storage.tpc_abort(txn)
 
     # --- the end ----------------------------------------------------------------------
-
-    @property
-    def committed(self) -> int:
-        """How many attempts were acknowledged."""
-        return sum(attempt.outcome == OK for attempt in self.attempts)
 
     def check(
         self, storage: Storage, replicas: Any = None, metadata: Any = None

@@ -1,6 +1,6 @@
 """Does the simulator find bugs? Plant each, and run seeds until one fails.
 
-    python -m tests.simulation.planted.mutation [--seeds 1000] [--jobs 2] [part of name]...
+    python -m tests.simulation.planted.mutation [--seeds 1000] [--jobs 2] [name...]
 
 Each bug lives in a process of its own. Exit status 1 if one is not found.
 """
@@ -37,6 +37,12 @@ def search(number: int, first: int, seeds: int) -> Found:
     return Found(None, "")
 
 
+def say(line: str) -> None:
+    """Tell progress."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
@@ -59,13 +65,12 @@ def main(args: list[str]) -> int:
             found = run.result()
             if found.seeds is not None:
                 counts.append(found.seeds)
-            print(
-                f"{found.seeds or 'NOT'!s:>5} {bug.name}: {found.how[:100]}", flush=True
-            )
+            seeds = "NOT" if found.seeds is None else str(found.seeds)
+            say(f"{seeds:>5} {bug.name}: {found.how[:100]}")
     if counts:
-        print(
-            f"found {len(counts)} of {len(runs)}, seeds: median",
-            f"{statistics.median(counts):g}, most {max(counts)}",
+        median, most = statistics.median(counts), max(counts)
+        say(
+            f"found {len(counts)} of {len(runs)}; seeds: median {median:g}, most {most}"
         )
     return len(counts) < len(runs)
 
