@@ -81,6 +81,14 @@ def parse_location(text: str) -> Location:
     return Location(path, options, checksums == "1")
 
 
+def decode_text(data: bytes) -> str | bytes:
+    """What a column of text is: bytes where it is damaged, so that it can be read."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
 class SQLiteReader(SQLReader):
     """Reads over a connection of its own."""
 
@@ -105,6 +113,7 @@ class SQLiteReader(SQLReader):
 
     def _use(self, connection: sqlite3.Connection) -> None:
         self._read_connection = connection
+        connection.text_factory = decode_text
         # A new cursor for each query costs more than a tenth of a load.
         self._read = connection.cursor().execute
 
@@ -146,11 +155,13 @@ class SQLiteBase(SQLBackend, SQLiteReader):
     background: SQLiteReader
     device = 0
     has_cheap_commits = True
+    metadata_max: int | None = None
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         SQLBackend.__init__(self)
         self.path = path
         self._connection = connection
+        connection.text_factory = decode_text
         self._write = connection.cursor()
         self._lock = RLock()
         self._writing = False
