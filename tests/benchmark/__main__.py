@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .limits import limits
 from .peers import BASELINE, PEERS
-from .report import grid, losses, markdown, svg
+from .report import losses, markdown, svg
 from .runner import measure, medians, ratios
 from .workloads import NAMES, NORMAL, QUICK
 
@@ -32,7 +32,6 @@ def main() -> int:
     add("--workloads", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     add("--output", type=Path, help="write all figures as JSON")
     add("--plot", action="store_true", help=f"make {PLOT.name} anew")
-    add("--rst", action="store_true", help="tables for the documentation")
     add("--store", action="store_true", help=f"make {STORED.name} anew")
     add("--check", action="store_true", help="fail if a stored ratio is lost")
     args = parser.parse_args()
@@ -53,9 +52,8 @@ def main() -> int:
     table = medians(raw)
     found = ratios(table)
     present = [peer for peer in args.peers if peer not in absent]
-    show = grid if args.rst else markdown
-    print(f"\nMedians\n\n{show(table, present)}")
-    print(f"\nTimes better than {BASELINE}\n\n{show(found, present)}")
+    print(f"\nMedians\n\n{markdown(table, present)}")
+    print(f"\nTimes better than {BASELINE}\n\n{markdown(found, present)}")
     if args.output:
         content = {"machine": machine, "absent": absent, "raw": raw}
         args.output.write_text(json.dumps(content, indent=1) + "\n")

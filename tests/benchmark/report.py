@@ -32,19 +32,6 @@ def markdown(table: Table, peers: list[str]) -> str:
     return "\n".join(lines)
 
 
-def grid(table: Table, peers: list[str]) -> str:
-    """The same, for reStructuredText (list-table)."""
-    lines = [".. list-table::", "   :header-rows: 1", ""]
-    rows = [["", *peers]]
-    rows += [[m, *(number(r.get(p)) for p in peers)] for m, r in table.items()]
-    for row in rows:
-        lines += [
-            f"   {'* -' if first else '  -'} {cell}".rstrip()
-            for first, cell in zip([True] + [False] * len(peers), row, strict=True)
-        ]
-    return "\n".join(lines)
-
-
 def svg(ratios: Table, peers: list[str], title: str) -> str:
     """Ratios on a logarithmic scale: a row for each metric, a dot for each peer."""
     low, high = RANGE
