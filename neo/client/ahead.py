@@ -3,7 +3,7 @@
 Who commits one transaction after the other asks for the ttid of the next in the packet
 that finishes the previous one. The master can't tell it from a transaction that waits
 for its first object, which costs others nothing but that a replica that catches up
-waits for its end: it is aborted soon if nobody uses it.
+waits for its end: it is aborted soon if nobody uses it at once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ class Ahead:
         now = self.app.runtime.monotonic()
         self._in_a_row = now - self._finished_at < PACE
         answer, self._answer = self._answer, None
-        if answer is not None and answer.done and answer.value is None:
-            return None
+        if answer is not None and answer.done:
+            if not self._in_a_row:
+                # Who did nothing for a while asks, and so hears the news: of a storage
+                # that is lost, for example.
+                self._abort(answer)
+                return None
+            if answer.value is None:
+                return None
         return answer
 
     def ask(self, master: Connection, answer: Answer) -> None:
@@ -68,12 +74,15 @@ class Ahead:
         if answer is self._seen and answer.done and not app.exclusive:
             self.forget()
             self._watching = False
-            if answer.value is not None:
-                assert app.master is not None
-                app.master.notify(AbortTransaction, answer.value[0], [])
+            self._abort(answer)
             return
         self._seen = answer
         app.runtime.call_later(UNUSED, self._look)
+
+    def _abort(self, answer: Answer) -> None:
+        if answer.value is not None:
+            assert self.app.master is not None
+            self.app.master.notify(AbortTransaction, answer.value[0], [])
 
 
 __all__ = ["Ahead"]

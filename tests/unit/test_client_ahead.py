@@ -81,6 +81,16 @@ def test_row_of_commits(world: World) -> None:
     assert world.asked() == []
 
 
+def test_late_begin_asks(world: World) -> None:
+    """An idle client must hear the news before it stores."""
+    world.row()
+    world.answer()
+    world.runtime.advance(2 * PACE)
+    assert world.ahead.take() is None
+    ((_, code, args),) = world.asked()
+    assert (code, args) == (AbortTransaction.code, (TTID, ()))
+
+
 def test_unused_is_aborted(world: World) -> None:
     world.row()
     world.answer()
