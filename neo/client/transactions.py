@@ -62,6 +62,8 @@ NO_DATA: Record = (0, ZERO_HASH, b"")
 
 # After so many conflicts on one object, take its lock before resolving.
 ATTEMPTS = 3
+# An invalidation that is later than that is asked for (seconds).
+LATE = 1.0
 # Unanswered bytes that are always accepted before a store waits.
 THROTTLE_MIN = 1 << 20
 
@@ -526,8 +528,7 @@ class Transaction:
             oid = next(iter(self.conflicts))
             tid = self.conflicts[oid]
             if app.last_tid is None or app.last_tid < tid:
-                # Its invalidation is late.
-                app.ask_master(Ping)
+                self._await_invalidation(tid)
             self.check_session()
             tid = self.conflicts.pop(oid)
             version = self.pending[oid]
@@ -555,6 +556,21 @@ class Transaction:
             version = self.locked.pop(next(iter(self.locked)))
             return version, version.serial
         return None
+
+    def _await_invalidation(self, tid: bytes) -> None:
+        """A storage shows a transaction, so its invalidation is on its way to here."""
+        app = self.app
+        connections = () if app.master is None else (app.master,)
+        if not app.runtime.wait(
+            lambda: (
+                app.session != self.session
+                or app.master is None
+                or (app.last_tid is not None and app.last_tid >= tid)
+            ),
+            connections,
+            LATE,
+        ):
+            app.ask_master(Ping)
 
     def _reload(self, oid: bytes, serial: bytes) -> bytes | None:
         try:

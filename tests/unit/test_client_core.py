@@ -379,6 +379,31 @@ def test_conflict_is_reported_once(world: Fake, app: ClientApp) -> None:
     assert txn.resolved_oids() == [OID]
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_conflict_before_its_invalidation(
+    world: Fake, app: ClientApp, is_late: bool
+) -> None:
+    """Scenario 98: it is awaited, and asked for if that takes too long."""
+    both(world, "AskStoreObject", lambda *a: [("AnswerStoreObject", p64(105))])
+    txn = begin(app)
+    store(txn)
+    assert not txn.wait_stores()
+
+    def invalidate() -> None:
+        world.transports[MASTER].say("InvalidateObjects", p64(105), [OID])
+
+    turn = world.turn
+    left = [] if is_late else [invalidate]
+    world.turn = lambda: turn() or bool(left and (left.pop()() or True))  # type: ignore[method-assign, func-returns-value]
+    if is_late:
+        world.script[1, "Ping"] = lambda: [
+            ("InvalidateObjects", p64(105), [OID]), ("Pong",)
+        ]  # fmt: skip
+    assert txn.next_conflict() is not None
+    assert app.last_tid == p64(105)
+    assert ((1, "Ping", ()) in world.seen) == is_late
+
+
 def test_starvation_takes_the_lock(world: Fake, app: ClientApp) -> None:
     """D9: after some attempts, unresolved data take the lock first."""
     current = [90]
