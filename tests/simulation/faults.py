@@ -21,10 +21,12 @@ from neo.lib.protocol import (
     SetClusterState,
     SetNodeState,
     SetNumReplicas,
+    Truncate,
     TweakPartitionTable,
 )
 
 from .cluster import Cluster
+from .workload import Tokens
 
 # Names of faults, as in options of a run: processes, network, disks, clocks, operators.
 KINDS = (
@@ -32,7 +34,7 @@ KINDS = (
     "reset", "clog", "silence", "isolate", "partition", "swizzle", "refuse", "damage",
     "slow-disk", "disk-full", "disk-error", "lost-disk",
     "clock", "drift",
-    "tweak", "kill", "drop", "grow", "replicas", "check", "restart-cluster",
+    "tweak", "kill", "drop", "grow", "replicas", "check", "restart-cluster", "truncate",
 )  # fmt: skip
 LAST_COMMANDS = 70.0  # seconds after which no command of an operator is on its way
 #: those that go through an admin node
@@ -43,7 +45,8 @@ class Faults:
     """Injects faults of some kinds every `every` seconds on average, until `stop()`.
 
     `longest`: scale of the time that faults last. `skip`: numbers of faults that don't
-    happen. `on_client(name)`: a client was started again.
+    happen. `on_client(name)`: a client was started again. `tokens`: the workload, to be
+    told of truncations.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Faults:
         on_client: Callable[[str], object],
         longest: float = 1.0,
         skip: Collection[int] = (),
+        tokens: Tokens | None = None,
     ) -> None:
         assert not set(kinds) - set(KINDS), kinds
         self.cluster = cluster
@@ -64,6 +68,7 @@ class Faults:
         self.on_client = on_client
         self.longest = longest
         self.skip = frozenset(skip)
+        self.tokens = tokens
         self.stopped = False
         self.count = 0
         self.done: list[int] = []  # numbers of those that happened
@@ -447,6 +452,16 @@ class Faults:
         self.cluster.command(SetClusterState, ClusterState.STOPPING)
         for name in self.cluster.nodes:
             self._later(20, lambda name=name: self.restart(name))
+
+    def _truncate(self) -> None:
+        """Forget the last transactions, once or twice in a run."""
+        tokens = self.tokens
+        if tokens is None or len(tokens.truncations) > 1 or not self.cluster.running:
+            return
+        tid = tokens.truncate(self.rng.choice([0, 1, 5, 20]))
+        if tid is not None:
+            self.cluster.truncating = True
+            self.cluster.command(Truncate, tid)
 
     # --- the end ----------------------------------------------------------------------
 

@@ -196,6 +196,7 @@ class Run:
             self.start_client,
             options.longest,
             options.skip,
+            tokens,
         )
         enough = tokens.committed + options.commits
         self.sim.run_until(
@@ -218,6 +219,12 @@ class Run:
                 cluster.replace_lost()
                 sim.run(3)
         sim.run_until(lambda: cluster.healthy, LIVENESS)
+        if cluster.truncating:
+            # No command is on its way any more, and all clients have heard.
+            sim.run(70)
+            sim.run_until(lambda: cluster.healthy, LIVENESS)
+            cluster.truncating = False
+            tokens.truncated()
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
         tokens.stopping = True

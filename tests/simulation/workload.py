@@ -6,6 +6,7 @@ attempts are there, where, and in which order (`tests/history.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,8 @@ class Tokens:
         #: called with the storage, the oids and the tid of each commit
         self.acknowledged: Callable[[Any, list[bytes], bytes], object] | None = None
         self.created: dict[bytes, str] = {}  # new objects: oid -> token
+        # (when it was asked for, since when all is as usual, to which tid)
+        self.truncations: list[tuple[float, float, bytes]] = []
         self._number = 0
 
     # --- threads ----------------------------------------------------------------------
@@ -204,12 +207,65 @@ class Tokens:
             attempt.tid = storage.tpc_finish(txn)
             attempt.outcome = OK
             self.committed += 1
-            if new is not None:
+            if new is not None and not self.truncating:
                 self.created[new] = token
             if self.acknowledged is not None:
                 self.acknowledged(storage, changed, attempt.tid)
         finally:
             storage.tpc_abort(txn)
+
+    # --- truncation -------------------------------------------------------------------
+
+    def truncate(self, back: int) -> bytes | None:
+        """What is after some commit is going to be lost: its tid, if there is one.
+
+        `back`: how many commits are lost, at least. Whether and when that happens is
+        not known, up to `truncated()`.
+        """
+        done = sorted(a.tid for a in self.attempts if a.outcome == OK and a.tid)
+        if len(done) <= back + 1:  # the first one made the objects
+            return None
+        tid = done[-back - 1]
+        self.truncations.append((self.sim.time, math.inf, tid))
+        self.created.clear()
+        return tid
+
+    @property
+    def truncating(self) -> bool:
+        """Whether a truncation may go on."""
+        return bool(self.truncations) and self.truncations[-1][1] == math.inf
+
+    def truncated(self) -> None:
+        """No truncation goes on any more."""
+        now = self.sim.time
+        self.truncations = [
+            (sent, min(end, now), tid) for sent, end, tid in self.truncations
+        ]
+
+    def _forget_truncated(
+        self, versions: dict[bytes, list[tuple[bytes, Value]]]
+    ) -> None:
+        """Expect nothing of what truncations may have removed, except that they remove
+        all or nothing.
+        """
+        present = {tid for revisions in versions.values() for tid, _ in revisions}
+        for sent, end, limit in self.truncations:
+            later = [
+                a for a in self.attempts if a.start < end and (a.tid or a.at) > limit
+            ]
+            found = {
+                a.tid in present
+                for a in later
+                if a.outcome == OK and a.end is not None and a.end < sent and a.written
+            }
+            if len(found) > 1:
+                raise self.sim.failure(f"P14: half truncated to {limit.hex()}")
+            if found == {False}:
+                self.sim.sometimes("truncated")
+            for attempt in later:
+                if attempt.outcome == OK:
+                    attempt.outcome, attempt.tid = UNKNOWN, None
+                attempt.reads, attempt.total, attempt.at = {}, None, b""
 
     # --- the end ----------------------------------------------------------------------
 
@@ -237,6 +293,7 @@ class Tokens:
             found = storage.loadBefore(oid, tid_after)
             assert found is not None, (oid, token)
             assert decode(found[0]).tokens == (token,), (oid, token, found)
+        self._forget_truncated(versions)
         wrong = check(self.attempts, versions, replicas, metadata)
         if wrong:
             raise self.sim.failure("\n".join(wrong))

@@ -83,12 +83,6 @@ BUGS = (
         "tid, pack), locked, durable=False)",
     ),
     Bug(
-        "a lock waits for no vote",
-        f"{STORAGE}.lock",
-        "self._writer.barrier(locked)",
-        "locked()",
-    ),
-    Bug(
         "replicated cells are announced before they are durable",
         "neo.storage.replication:Session._chunk_done",
         "durable=True",
