@@ -13,6 +13,7 @@ from neo.lib.connection import Reply
 from neo.lib.node import Node, nid_str, wire_address
 from neo.lib.protocol import (
     FEATURE_CHECK,
+    READABLE,
     AnswerCheck,
     AskCheckCell,
     CheckPartition,
@@ -99,7 +100,10 @@ class Checks:
         max_tid: bytes,
         repair: bool,
     ) -> None:
-        """Check all readable cells of partitions, with the reference (nid) if any."""
+        """Check all cells of partitions, with the reference (nid) if any.
+
+        Those that are not readable now are told to be so.
+        """
         check = Check(self, reply)
         self.running[check] = None
         for partition, reference in sorted(partitions.items()):
@@ -117,10 +121,12 @@ class Checks:
     ) -> None:
         running = self.master.nodes.running()
         old = []
-        for nid in self.master.pt.readable[partition]:
+        for nid, state in self.master.pt.rows[partition].items():
             node = running.get(nid)
             if node is None or node.connection is None:
-                check.problem(partition, nid, "not running")
+                check.problem(partition, nid, "not compared: it is not running")
+            elif state not in READABLE:
+                check.problem(partition, nid, f"not compared: {state}")
             elif FEATURE_CHECK in node.extra.get("features", ()):
                 check.ask(node, partition, reference, min_tid, max_tid, repair)
             else:

@@ -6,6 +6,7 @@ Exit status: 0 success, 1 refused or impossible (one line on stderr), 2 wrong us
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
@@ -94,6 +95,10 @@ class UnsupportedError(CommandError):
     """The admin, or the primary, does not know the request."""
 
 
+class LateError(CommandError):
+    """What was waited for did not happen in time."""
+
+
 class NotReadyError(CommandError):
     """Later, maybe."""
 
@@ -179,7 +184,7 @@ class Tool(Handler):
         timer = self.runtime.call_later(timeout, lambda: late.append(True))
         while not condition():
             if late:
-                raise CommandError(f"{what}: not after {timeout:g} s")
+                raise LateError(f"{what}: not after {timeout:g} s")
             tick: list[bool] = []
             self.runtime.call_later(POLL_INTERVAL, lambda t=tick: t.append(True))  # type: ignore[misc]
             while not tick:
@@ -490,6 +495,7 @@ def check(tool: Tool, args: argparse.Namespace) -> Any:
                     f"{nid_str(reference)} has no readable copy of partition {one}"
                 )
             wanted[one] = reference
+    replicated(tool, REPLICATION_WAIT if args.wait is None else args.wait)
     cells: list[tuple[Any, ...]] = []
     order = list(wanted)
     for start in range(0, len(order), CHECKED_AT_ONCE):
@@ -505,6 +511,29 @@ def check(tool: Tool, args: argparse.Namespace) -> Any:
 
 
 CHECKED_AT_ONCE = 8  # partitions
+REPLICATION_WAIT = 30.0  # seconds
+
+
+def replicated(tool: Tool, timeout: float) -> None:
+    """Let running storages get what they lack, but not for ever."""
+
+    def settled() -> bool:
+        running = {
+            row[2]
+            for row in tool.nodes(NodeType.STORAGE)
+            if row[3] is NodeState.RUNNING
+        }
+        rows = tool.ask(AskPartitionList, 0, 0, None)[2]
+        return not any(
+            state is CellState.OUT_OF_DATE and number in running
+            for row in rows
+            for number, state in row
+        )
+
+    with contextlib.suppress(LateError):  # the check will tell
+        tool.wait(timeout, settled, "replicated")
+
+
 KINDS = ("missing", "extra", "different", "damaged", "repaired")
 
 
@@ -643,7 +672,7 @@ def build_parser() -> Parser:
         if wait:
             sub.add_argument(
                 "--wait", type=float, nargs="?", const=3600.0, metavar="SECONDS",
-                help="return once it is done, fail after SECONDS (default: an hour)",
+                help="wait until it is done, at most SECONDS (default: an hour)",
             )  # fmt: skip
         sub.set_defaults(run=run, wait=None)
         return sub
@@ -698,7 +727,9 @@ def build_parser() -> Parser:
     sub.add_argument("nid", type=nid)
     sub = command("remove", remove, "empty storages, then remove them", wait=True)
     sub.add_argument("nids", nargs="+", metavar="NID")
-    sub = command("check", check, "compare replicas; exit status 1 if they differ")
+    sub = command(
+        "check", check, "compare replicas; exit status 1 if they differ", wait=True
+    )
     sub.add_argument(
         "partitions",
         nargs="*",

@@ -455,6 +455,19 @@ def test_missing_data_is_damage_not_a_deletion(
     db.commit()
 
 
+def test_data_that_is_lost_is_not_replaced(life: Life) -> None:
+    """What refers to it must not get the next value that is stored."""
+    db = new(life)
+    add(db, 100, {1: "a", 5: "b"})
+    write(db, ("execute", "DELETE FROM data"))
+    db = life.crash(db)
+    add(db, 104, {9: "c"})
+    for n in (1, 5):
+        damaged = db.load(p64(n))
+        assert damaged is not None
+        assert sha1(damaged[4]).digest() != damaged[3]
+
+
 def test_oids_from(db: Backend) -> None:
     add(db, 100, {1: "a", 5: "b", 9: "c", 2: "other"})
     add(db, 104, {5: None, 13: "d"})

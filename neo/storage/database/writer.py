@@ -162,15 +162,24 @@ class SQLWriter(SQLReader):
             ],
         )
 
+    LAST_DATA_IDS = (
+        "SELECT MAX(id) FROM data WHERE id >= ? AND id <= ?",
+        "SELECT MAX(data_id) FROM obj WHERE data_id >= ? AND data_id <= ?",
+        "SELECT MAX(data_id) FROM tobj WHERE data_id >= ? AND data_id <= ?",
+    )
+
     def _next_id(self, first: int) -> int:
         """Next data id of the partition whose first one is `first` (6.1)."""
         data_id = self._next_data_id.get(first)
         if data_id is None:
-            last = self.fetch(
-                "SELECT MAX(id) FROM data WHERE id >= ? AND id <= ?",
-                (first, first + DATA_ID_RANGE - 1),
-            )[0][0]
-            data_id = self._next_data_id[first] = first if last is None else last + 1
+            bounds = first, first + DATA_ID_RANGE - 1
+            # Rows of data may be lost: what refers to them must not get another value.
+            used = [
+                last
+                for sql in self.LAST_DATA_IDS
+                if (last := self.fetch(sql, bounds)[0][0]) is not None
+            ]
+            data_id = self._next_data_id[first] = max(used, default=first - 1) + 1
         return data_id
 
     def _new_data_id(self, partition: int) -> int:
