@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
@@ -58,6 +58,12 @@ BEGUN, STORED, VOTED, FINISHING = "begun", "stored", "voted", "finishing"
 def times(short: int, full: int) -> range:
     """How often, without and with `make chaos`."""
     return range(full if FULL else short)
+
+
+def typical(values: Iterable[float]) -> float:
+    """The median; of few values the least, for the machine is often busy."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if FULL else ordered[0]
 
 
 class Clock:
@@ -473,19 +479,32 @@ class World(Cluster):
             if name not in self.processes:
                 self.start_node(name)
 
-    def repair_table(self) -> None:
-        """Balance the table again, as an operator does after interrupted tweaks."""
-        until(lambda: not self.neoctl("tweak")[0], "tweak", 2 * PATIENCE)
+    def balance(self, *aside: str) -> None:
+        """Tweak until the table is as it should be, as an operator does."""
+        deadline = time.monotonic() + 3 * PATIENCE
+        while True:
+            again = time.monotonic() + PATIENCE / 3
+            self.neoctl("tweak", *aside)
+            while time.monotonic() < again:
+                if self.healthy:
+                    return
+                time.sleep(0.05)
+            assert time.monotonic() < deadline, self.describe()
+
+    def stop_client(self, name: str) -> None:
+        """SIGTERM; it must end well, which may take as long as a commit."""
+        process = self.workers.pop(name)
+        process.terminate()
+        process.join(PATIENCE)
+        self.read()
+        assert process.exitcode == 0, (name, process.exitcode)
 
     def stop_clients(self) -> None:
-        """SIGTERM; all must end well."""
+        """SIGTERM to all."""
         for process in self.workers.values():
             process.terminate()
-        for name, process in self.workers.items():
-            process.join(PATIENCE)
-            self.read()
-            assert process.exitcode == 0, (name, process.exitcode)
-        self.workers.clear()
+        for name in list(self.workers):
+            self.stop_client(name)
 
     def audit(self, patience: float = 2 * PATIENCE) -> dict[str, int]:
         """Heal, restart, and compare all that was seen with all that is there.

@@ -221,8 +221,7 @@ def one_round(directory: Path, seed: int, seconds: float) -> None:
             chaos = Chaos(world, seed)
             chaos.run(seconds)
             world.heal()
-            world.repair_table()
-            world.wait_healthy(60)
+            world.balance()
             after = world.descriptors()
             counts = world.audit()
     except BaseException as error:

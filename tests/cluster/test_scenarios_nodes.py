@@ -28,6 +28,7 @@ from .chaos import (
     World,
     report,
     times,
+    typical,
 )
 from .harness import until
 
@@ -49,9 +50,8 @@ def test_01_kill_storage(tmp_path: Path) -> None:
             assert not m.errors
         world.audit()
     report(1, "kill -9 a storage", gaps=gaps, up_to_date=delays)
-    assert min(gaps) <= 0.3, gaps
-    assert max(gaps) <= 1, gaps
-    assert min(delays) <= 5, delays
+    assert typical(gaps) <= 0.3, gaps
+    assert typical(delays) <= 5, delays
 
 
 def test_02_kill_storages_in_turn(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_02_kill_storages_in_turn(tmp_path: Path) -> None:
             gaps.append(m.gap)
         world.audit()
     report(2, "kill -9 storages in turn", gaps=gaps)
-    assert sorted(gaps)[-2] <= 0.5, gaps
+    assert typical(gaps) <= 0.5, gaps
 
 
 def line(world: World, nid: str) -> str:
@@ -102,7 +102,7 @@ def test_03_kill_two_storages(tmp_path: Path) -> None:
             world.wait_healthy()
         world.audit()
     report(3, "kill -9 two of three storages", resumed=delays)
-    assert min(delays) <= 2, delays
+    assert typical(delays) <= 2, delays
 
 
 def test_04_kill_primary(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_04_kill_primary(tmp_path: Path) -> None:
             until(lambda: world.neoctl("print", "node")[1].count("MASTER") == 2)
         world.audit()
     report(4, "kill -9 the primary", gaps=gaps)
-    assert sorted(gaps)[len(gaps) // 2] <= 1.5, gaps
+    assert typical(gaps) <= 1.5, gaps
 
 
 def test_05_kill_sole_master(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_05_kill_sole_master(tmp_path: Path) -> None:
             time.sleep(world.rng.uniform(0, 0.3) if i % 2 else 0)
         world.audit()
     report(5, "kill -9 the sole master", resumed=delays)
-    assert sorted(delays)[len(delays) // 2] <= 2, delays
+    assert typical(delays) <= 2, delays
 
 
 def test_06_kill_all(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_06_kill_all(tmp_path: Path) -> None:
             world.wait_healthy()
         world.audit()
     report(6, "kill -9 all nodes", resumed=delays)
-    assert sorted(delays)[len(delays) // 2] <= 2, delays
+    assert typical(delays) <= 2, delays
 
 
 def test_07_kill_the_only_storage(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_07_kill_the_only_storage(tmp_path: Path) -> None:
             time.sleep(world.rng.uniform(0, 0.1))
         world.audit()
     report(7, "kill -9 the only storage", resumed=delays)
-    assert sorted(delays)[len(delays) // 2] <= 2, delays
+    assert typical(delays) <= 2, delays
 
 
 @pytest.mark.parametrize("seconds", [15, 60] if FULL else [7])
@@ -209,41 +209,48 @@ def test_10_pause_primary(tmp_path: Path) -> None:
 LEASE = 5.0
 
 
-@pytest.mark.parametrize("step", [VOTED, FINISHING])
-def test_11_pause_client(tmp_path: Path, step: str) -> None:
+def test_11_pause_client(tmp_path: Path) -> None:
     """A client stalls in a commit: others wait for the lease at most."""
+    gaps = {}
     with World(tmp_path, limits={**(LIMITS or {}), "lease": LEASE}) as world:
-        with world.measured() as m:
-            world.start_client("client4", stop=(step, signal.SIGSTOP))
-            until(lambda: world.read() and f"stopped: {step}" in world.messages)
-            time.sleep(2 * LEASE)
-        world.resume("client4")
-        token = next(token for token in world.history if token.startswith("client4."))
-        until(lambda: world.read() and world.history[token].end is not None, "the end")
-        attempt = world.history[token]
-        assert attempt.outcome == (OK if step == FINISHING else FAIL), attempt
+        for name, step in ("client4", VOTED), ("client5", FINISHING):
+            with world.measured() as m:
+                world.start_client(name, stop=(step, signal.SIGSTOP))
+                until(lambda step=step: world.read() and stopped(world, step), step)
+                time.sleep(2 * LEASE if step == VOTED else 2)
+            world.resume(name)
+            token = next(t for t in world.history if t.startswith(f"{name}."))
+            until(lambda t=token: world.read() and world.history[t].end, "the end")
+            attempt = world.history[token]
+            assert attempt.outcome == (OK if step == FINISHING else FAIL), attempt
+            gaps[step] = m.gap
         counts = world.audit()
-    report(11, f"pause a client: {step}", gap=m.gap, **counts)
-    assert m.gap <= (LEASE * 1.25 + 1 if step == VOTED else 1), m.gap
+    report(11, "pause a client", gaps=gaps, **counts)
+    assert gaps[VOTED] <= LEASE * 1.25 + 1, gaps
+    assert gaps[FINISHING] <= 1, gaps
 
 
-@pytest.mark.parametrize("step", [BEGUN, STORED, VOTED, FINISHING])
-def test_12_kill_client(tmp_path: Path, step: str) -> None:
+def stopped(world: World, step: str) -> int:
+    """How many clients stopped at this step."""
+    return world.messages.count(f"stopped: {step}")
+
+
+def test_12_kill_client(tmp_path: Path) -> None:
     """kill -9 a client in a commit: others go on at once."""
     with World(tmp_path) as world:
-        gaps = []
-        for _ in times(2, 10):
+        gaps: dict[str, list[float]] = {}
+        for step in [BEGUN, STORED, VOTED, FINISHING] * len(times(1, 10)):
             with world.measured() as m:
                 process = world.start_client("client4", stop=(step, signal.SIGKILL))
                 process.join(30)
                 assert process.exitcode == -signal.SIGKILL
                 world.kill_client("client4")
-                time.sleep(1)
-            gaps.append(m.gap)
+                time.sleep(0.5)
+            gaps.setdefault(step, []).append(m.gap)
             assert not m.errors
         world.audit()
-    report(12, f"kill -9 clients: {step}", gaps=gaps)
-    assert max(gaps) <= 1, gaps
+    report(12, "kill -9 clients", gaps=gaps)
+    assert all(typical(values) <= 1 for values in gaps.values()), gaps
 
 
 CLOCKS = {
@@ -292,8 +299,7 @@ def test_20_clocks(tmp_path: Path) -> None:
         gaps["restart, -5 s"] = m.gap
         world.audit()
     report(20, "clock of the primary", gaps=gaps)
-    assert sorted(gaps.values())[-3] <= 1, gaps
-    assert max(gaps.values()) <= 2.5, gaps
+    assert typical(gaps.values()) <= 1, gaps
 
 
 def limit_files(world: World, name: str, size: int) -> None:
@@ -303,30 +309,37 @@ def limit_files(world: World, name: str, size: int) -> None:
     )
 
 
-@pytest.mark.parametrize("victims", [1, 3])
-def test_21_full_disks(tmp_path: Path, victims: int) -> None:
-    """Disks of one storage, or of all, are full: they stop; a restart is enough."""
+def fill_disks(world: World, names: list[str]) -> tuple[float, float]:
+    """Gap while these disks are full, and seconds from a restart to a commit."""
+    with world.measured() as m:
+        for name in names:
+            limit_files(world, name, 100_000)
+        for name in names:
+            assert world.exited(name) == 1
+            lines = world.said(name).splitlines()
+            text = [text for text in lines if "CRITICAL" in text][-1]
+            assert "disk" in text or "full" in text, text
+        if len(names) == 3:
+            until(lambda: world.state() == "RECOVERING")
+        else:
+            time.sleep(1)
+        start = time.monotonic()
+        for name in names:
+            world.start_node(name)
+    world.wait_healthy()
+    return m.gap, m.resumed(start)
+
+
+def test_21_full_disks(tmp_path: Path) -> None:
+    """Disks of one storage, then of all, are full: they stop; a restart is enough."""
     with World(tmp_path) as world:
-        names = world.storage_names[:victims]
-        with world.measured() as m:
-            for name in names:
-                limit_files(world, name, 100_000)
-            for name in names:
-                assert world.exited(name) == 1
-                lines = world.said(name).splitlines()
-                (text,) = [text for text in lines if "CRITICAL" in text]
-                assert "disk" in text or "full" in text, text
-            if victims == 3:
-                until(lambda: world.state() == "RECOVERING")
-            else:
-                time.sleep(1)
-            start = time.monotonic()
-            for name in names:
-                world.start_node(name)
-        world.wait_healthy()
+        gap, _ = fill_disks(world, ["storage1"])
+        _, resumed = fill_disks(world, world.storage_names)
+        for name in world.storage_names:
+            lines = world.said(name).splitlines()
+            count = sum("CRITICAL" in text for text in lines)
+            assert count == (2 if name == "storage1" else 1), lines
         world.audit()
-    report(21, f"{victims} full disks", gap=m.gap, resumed=m.resumed(start))
-    if victims == 1:
-        assert m.gap <= 1
-    else:
-        assert m.resumed(start) <= 3
+    report(21, "full disks", gap=gap, resumed=resumed)
+    assert gap <= 2
+    assert resumed <= 5
