@@ -143,6 +143,10 @@ class MariaDB:
         self.execute(f"CREATE DATABASE IF NOT EXISTS `{name}`")
         return f"root:@{name}{self.socket}"
 
+    def died(self) -> bool:
+        """Whether the server ended by itself."""
+        return self.process is not None and self.process.poll() is not None
+
     def stop(self, kill: bool = False) -> None:
         """End the server, at once or cleanly. Idempotent."""
         if self.process is not None:

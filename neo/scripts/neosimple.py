@@ -1,7 +1,8 @@
 """neosimple: run a whole cluster on this machine, in the foreground.
 
-Masters, storages (SQLite) and an admin node run as child processes; their databases and
-logs are in one directory. Started again with the same directory, the cluster continues
+Masters, storages and an admin node run as child processes; their databases and logs
+are in one directory. Storages use SQLite or, with `--adapter MySQL`, a private MariaDB
+server, one more child. Started again with the same directory, the cluster continues
 with what it holds, on the same ports.
 """
 
@@ -30,6 +31,7 @@ from neo.lib.exception import ConfigurationError
 from neo.lib.logger import Logger
 from neo.lib.protocol import ClusterState, SetClusterState
 from neo.lib.util import Address, format_address
+from neo.scripts.mariadb import MariaDB
 from neo.scripts.neoctl import CommandError, Tool
 
 START_TIMEOUT = 60.0  # seconds to get RUNNING
@@ -49,6 +51,7 @@ class Shape:
     masters: list[Address]
     admin: Address
     version: int = field(default=1)
+    adapter: str = field(default="SQLite")
 
 
 def free_port(host: str, preferred: int) -> int:
@@ -98,6 +101,7 @@ def load_shape(directory: str, args: argparse.Namespace) -> Shape:
         "storages": shape.storages,
         "partitions": shape.partitions,
         "replicas": shape.replicas,
+        "adapter": shape.adapter,
     }
     for option, value in present.items():
         wanted = getattr(args, option)
@@ -132,6 +136,7 @@ def new_shape(path: str, args: argparse.Namespace) -> Shape:
         replicas=replicas,
         masters=masters,
         admin=(args.bind, free_port(args.bind, ADMIN_PORT)),
+        adapter=args.adapter or "SQLite",
     )
     temporary = f"{path}.new"
     with open(temporary, "w", encoding="utf-8") as f:
@@ -147,12 +152,17 @@ class Cluster:
         self.directory = directory
         self.shape = shape
         self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self.server: MariaDB | None = None
         self.logs = os.path.join(directory, "log")
         os.makedirs(self.logs, exist_ok=True)
 
     def start(self) -> None:
-        """Start all nodes."""
+        """Start the server of databases, if there is one, and all nodes."""
         shape = self.shape
+        if shape.adapter != "SQLite":
+            self.server = MariaDB(os.path.join(self.directory, "mariadb"))
+            self.server.create()
+            self.server.start()
         masters = " ".join(map(format_address, shape.masters))
         for i, address in enumerate(shape.masters, 1):
             self._spawn(
@@ -170,10 +180,14 @@ class Cluster:
             self._spawn(
                 f"storage{i}", "neostorage", masters,
                 "--bind", format_address((shape.admin[0], 0)),
-                "--adapter", "SQLite",
-                "--database", os.path.join(self.directory, f"storage{i}.sqlite"),
+                "--adapter", shape.adapter, "--database", self._database(i),
             )  # fmt: skip
         self._spawn("admin", "neoadmin", masters, "--bind", format_address(shape.admin))
+
+    def _database(self, number: int) -> str:
+        if self.server is not None:
+            return self.server.add_database(f"storage{number}")
+        return os.path.join(self.directory, f"storage{number}.sqlite")
 
     def _spawn(self, name: str, command: str, masters: str, *args: str) -> None:
         libc = ctypes.CDLL(None)
@@ -198,6 +212,8 @@ class Cluster:
         for name, child in self.children.items():
             if child.poll() is not None:
                 return f"{name} exited with status {child.returncode}"
+        if self.server is not None and self.server.died():
+            return f"MariaDB died: see {self.server.log}"
         return None
 
     def wait_running(self, tool: Tool) -> None:
@@ -231,6 +247,8 @@ class Cluster:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+        if self.server is not None:
+            self.server.close()
 
     def _wait(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -321,8 +339,9 @@ def build_parser() -> Parser:
         help="numeric address to listen on (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=port_number, metavar="PORT",
         help=f"port of the first master (default: {MASTER_PORT} if free)")  # fmt: skip
-    add("--adapter", default="SQLite", choices=("SQLite",),
-        help="database of the storages (default: SQLite)")  # fmt: skip
+    add("--adapter", choices=("SQLite", "MySQL"),
+        help="database of the storages (default: SQLite); MySQL: a private MariaDB"
+        " server, which must be installed")  # fmt: skip
     return parser
 
 

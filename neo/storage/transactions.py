@@ -459,6 +459,13 @@ class Transactions:
                 raise ProtocolError(f"more than {MAX_TRANSACTION_OIDS} oids")
             if metadata.pack and metadata.pack[1] > MAX_TID:
                 raise ProtocolError(f"invalid pack tid {metadata.pack[1].hex()}")
+            limit = self._backend.metadata_max
+            if limit is not None and max(map(len, metadata[:3])) > limit:
+                raise Refused(
+                    ErrorCode.DENIED,
+                    "user name, description or extension of the transaction is longer"
+                    f" than the {limit} bytes that the database can hold",
+                )
             transaction = self._join(conn, ttid)
             if self.access[_u64(ttid)[0] % self._np] != ABSENT:
                 transaction.has_metadata = True

@@ -350,7 +350,7 @@ S = [*C, "-d", "db", "-a", "SQLite"]
         ),
         (neostorage.main, C, 2, "database is missing: give -d/--database, or a conf"),
         (neostorage.main, [*C, "-d", "/x"], 1, "invalid database: [user[:password]@]"),
-        (neostorage.main, [*C, "-d", "x", "-a", "Importer"], 1, "adapter Importer is n"),
+        (neostorage.main, [*C, "-d", "x", "-a", "Importer"], 1, "adapter Importer is"),
         (neostorage.main, [*S, "-e", "InnoDB"], 1, "engine InnoDB is for MySQL, the "),
         (neostorage.main, [*S, "--new-nid", "--reset"], 1, "new-nid and reset exclude"),
         (neostorage.main, [*S, "-m", ""], 2, "--masters: value is empty"),

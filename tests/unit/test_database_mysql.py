@@ -669,7 +669,7 @@ def test_round_trips(db: MySQLBackend) -> None:
     group("lock", ("lock", p64(100), p64(104), False))
     group("unlock of 100 objects", ("unlock", p64(100), p64(104)))
     group(
-        "vote of a new partition's first object",
+        "vote of one object",
         ("vote", p64(108), objects(7, 1), meta),
     )
     group("abort", ("abort", p64(108)))

@@ -18,9 +18,12 @@ import pytest
 from neo.lib.exception import ConfigurationError
 from neo.lib.protocol import MAX_TID, READABLE, ZERO_OID, ZERO_TID
 from neo.lib.util import add64, p64
+from neo.storage.database import open_backend, schema
 from neo.storage.database.interface import Backend
 from neo.storage.database.memory import MemoryBackend
+from neo.storage.database.reader import decode_config
 from neo.storage.database.sqlite import SQLiteBackend
+from tests import mariadb
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 CLUSTERS = [f"c{step}" for step in range(1, 5)]
@@ -54,13 +57,24 @@ def hexa(value: bytes | None) -> str | None:
     return None if value is None else value.hex()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "MariaDB"])
 def open_sample(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    backends = []
+    backends: list[Backend] = []
+    server: mariadb.Server | None = None
+    databases: list[str] = []
+    if request.param == "MariaDB":
+        mariadb.require()
+        server = request.getfixturevalue("mariadb")
 
     def open_sample(name: str) -> Backend:
         source = SAMPLES / f"{name}.sqlite"
-        if request.param == "memory":
+        backend: Backend
+        if server is not None:
+            database = server.new_database()
+            databases.append(database)
+            fill(server, database, name)
+            backend = open_backend("MySQL", server.url(database))
+        elif request.param == "memory":
             backend = MemoryBackend(source.read_bytes())
         else:
             path = tmp_path / source.name
@@ -72,6 +86,29 @@ def open_sample(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]
     yield open_sample
     for backend in backends:
         backend.close()
+    for database in databases:
+        assert server is not None
+        server.execute(f"DROP DATABASE {database}")
+
+
+def fill(server: mariadb.Server, database: str, name: str) -> None:
+    """Make a sample: from MariaDB's own, or with the rows of SQLite's."""
+    # Older versions of MariaDB's tables: see test_database_mysql.py.
+    name = {"e-v0": "a-dedup", "e-v3": "a-nodedup"}.get(name, name)
+    sql = SAMPLES / f"{name}.mariadb.sql"
+    if sql.exists():
+        server.execute_file(database, sql)
+        return
+    source = sqlite3.connect(SAMPLES / f"{name}.sqlite")
+    dedup = bool(source.execute("PRAGMA index_list(data)").fetchall())
+    open_backend("MySQL", server.url(database), dedup=dedup).close()
+    image = {
+        table: (f"DELETE FROM {table}", source.execute(f"SELECT * FROM {table}"))
+        for (table,) in source.execute("SELECT name FROM sqlite_master WHERE sql > ''")
+        if not table.startswith("_")
+    }
+    server.restore(database, {t: (sql, [*rows]) for t, (sql, rows) in image.items()})
+    source.close()
 
 
 def rows(db: Backend, sql: str) -> list[tuple[Any, ...]]:
@@ -85,7 +122,7 @@ def content_of(db: Backend, like: dict[str, Any]) -> dict[str, Any]:
     readable = [p for p, cell in own.items() if cell.state in READABLE]
     last_tid, last_oid, first_tid = db.last_ids(readable)
     content = {
-        "config": dict(rows(db, "SELECT name, value FROM config")),
+        "config": decode_config(rows(db, "SELECT name, value FROM config")),
         "partitions": len(partitions),
         "partition_table_raw": [
             dict(zip(("partition", "nid", "tid", "pack"), row, strict=True))
@@ -117,7 +154,8 @@ def content_of(db: Backend, like: dict[str, Any]) -> dict[str, Any]:
 
 
 def raw(db: Backend, table: str) -> dict[str, Any]:
-    names = [row[1] for row in rows(db, f"PRAGMA table_info({table})")]
+    (declared,) = (t for t in schema.TABLES if t.name == table)
+    names = [column.name for column in declared.columns]
     return {
         "columns": names,
         "rows": [
@@ -392,13 +430,14 @@ def replicate(source: Backend, target: Backend, partition: int, chunk: int) -> N
         target.commit()
 
 
-def test_migrated_tables_are_those_of_a_new_database(open_sample: Any) -> None:
+def test_migrated_tables_are_those_of_a_new_database() -> None:
     new = MemoryBackend()
     for name in "e-v0", "e-v3":
-        db = open_sample(name)
+        db = MemoryBackend((SAMPLES / f"{name}.sqlite").read_bytes())
         for table in "pt", "obj", "ttrans", "pack":
             sql = f"PRAGMA table_info({table})"
             assert rows(db, sql) == rows(new, sql)
+        db.close()
     new.close()
 
 

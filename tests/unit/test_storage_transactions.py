@@ -873,6 +873,23 @@ def test_pack_at_a_tid_that_no_database_holds(h: Harness) -> None:
     refused(c)
 
 
+@pytest.mark.parametrize("field", range(3))
+def test_metadata_that_the_database_can_not_hold(
+    h: Harness, monkeypatch: pytest.MonkeyPatch, field: int
+) -> None:
+    monkeypatch.setattr(h.node.backend, "metadata_max", 10)
+    c = h.client()
+    c.store(T1, A, b"1")
+    c.packets()
+    metadata = [b"x" * 10] * 3
+    metadata[field] += b"y"
+    c.send(AskStoreTransaction, T1, *metadata, (A,), None)
+    assert c.receive(Error)[0] == ErrorCode.DENIED
+    assert not c.is_closed
+    c.send(AskStoreTransaction, T1, *[b"x" * 10] * 3, (A,), None)
+    c.expect(AnswerStoreTransaction)
+
+
 def test_too_many_waiting_reads(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "READS_MAX", 2)
     c, d = h.client(), h.client(2)

@@ -295,6 +295,7 @@ class Backend(Reader, Protocol):
 
     dedup: bool  # whether equal values are stored once
     has_cheap_commits: bool  # a commit that is not durable waits for no disk
+    metadata_max: int | None  # bytes of user, description or extension; None: any
     device: int  # st_dev of what holds the data, 0 if unknown: for `devpath` (2.6)
 
     @property

@@ -282,6 +282,7 @@ class MySQLBackend(SQLBackend, MySQLReader):
 
     background: MySQLReader
     has_cheap_commits = False
+    metadata_max: int | None = 0xFFFF  # BLOB
     INSERT_IGNORE = "INSERT IGNORE"
     TABLES = (*schema.TABLES, schema.BIGDATA, schema.TODEL)
 
