@@ -676,8 +676,15 @@ class Transaction:
             if code is not None and self.error is None and not self.ended:
                 self._refused(nid, code, text)
 
+        # Not those that were only going to have the metadata, before a tweak: they
+        # know nothing of the transaction.
+        involved = dict.fromkeys(cells)
+        for nids in self.written.values():
+            involved.update(nids)
         conns = {
-            nid: conn for nid, conn in self.conns.items() if nid not in self.failed
+            nid: conn
+            for nid, conn in self.conns.items()
+            if nid in involved and nid not in self.failed
         }
         awaiting.update(dict.fromkeys(conns))
         for nid, conn in conns.items():
