@@ -419,6 +419,36 @@ def test_95_three_increments() -> None:
     scene.audit()
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_97_the_second_conflict_answers_the_first_store(early: bool) -> None:
+    """It is resolved from the data that are held by then, not from the older ones.
+
+    s0 reports A's commit, mine is merged and stored again; s1 gets the first store only
+    when B has committed too.
+    """
+    scene = Scene(REPLICATED)
+    serial = scene.do(scene.cluster.storage().load, X)[1]
+    a, b = scene.commit("A", "c1"), scene.commit(f"B {R}", "c1")
+    assert a.run(*a.all(X)).outcome == "ok"
+    scene.sim.clog("c0", "s1")
+    if early:
+        b.run(b.store(X))
+        scene.sim.run(0.1)
+    mine = conflicting(scene, serial)
+    scene.sim.run(0.2)
+    scene.sim.clog("s0", "c0")
+    b.start(*([b.vote, b.finish] if early else b.all(X)))
+    scene.sim.run(0.2)
+    scene.sim.unclog("c0", "s1")
+    scene.sim.run(0.2)
+    scene.sim.heal()
+    assert [mine.wait(10), b.wait(10)] == ["ok", "ok"]
+    tokens = scene.tokens_of(X)
+    assert tokens[:2] == ["init", "A"]
+    assert sorted(tokens[2:]) == sorted([b.token, mine.token])
+    scene.audit()
+
+
 def test_98_conflict_with_what_is_not_notified_yet() -> None:
     """The client asks the master first: it resolves with what it may read."""
     scene = Scene(REPLICATED)
