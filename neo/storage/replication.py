@@ -28,6 +28,7 @@ from neo.lib.connection import Connection, Request
 from neo.lib.exception import ProtocolError
 from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
+    FEATURE_CHECK,
     MAX_TID,
     ZERO_HASH,
     ZERO_OID,
@@ -36,6 +37,7 @@ from neo.lib.protocol import (
     AskFetchTransactions,
     AskUnfinishedTransactions,
     CellState,
+    NotifyDamaged,
     NotifyReplicationDone,
 )
 from neo.lib.util import add64
@@ -64,7 +66,7 @@ class Target:
     one of which everything is here; `watched` are the transactions that were open.
     """
 
-    __slots__ = ("avoid", "done", "goal", "partition", "watched")
+    __slots__ = ("avoid", "damaged", "done", "goal", "partition", "watched")
 
     def __init__(self, partition: int, done: Tid) -> None:
         self.partition = partition
@@ -72,6 +74,8 @@ class Target:
         self.goal: Tid | None = None
         self.watched: dict[Tid, None] = {}
         self.avoid: int | None = None  # nid of the source that failed last
+        # How often each source (nid) sent a record with a wrong checksum.
+        self.damaged: dict[Any, dict[int, int]] = {}
 
     @property
     def is_late(self) -> bool:
@@ -188,16 +192,21 @@ class Replication:
     def _choose_source(self, target: Target) -> Node | None:
         """A running node with a readable cell, at random; not the one that failed."""
         running = self.node.nodes.running()
-        nids = [
+        nids = self.sources(target.partition)
+        others = [nid for nid in nids if nid != target.avoid]
+        candidates = sorted(others or nids)
+        return running[self.runtime.rng.choice(candidates)] if candidates else None
+
+    def sources(self, partition: int) -> list[int]:
+        """Running nodes from which a partition can be copied."""
+        running = self.node.nodes.running()
+        return [
             nid
-            for nid in self.node.pt.readable[target.partition]
+            for nid in self.node.pt.readable[partition]
             if nid in running
             and nid != self.node.nid
             and running[nid].address is not None
         ]
-        others = [nid for nid in nids if nid != target.avoid]
-        candidates = sorted(others or nids)
-        return running[self.runtime.rng.choice(candidates)] if candidates else None
 
     def failed(self, session: Session, reason: str) -> None:
         """A session ends before it is done."""
@@ -372,7 +381,7 @@ class Session:
             wrong = wrong_transaction(args)
             key = args[0]
             self._size += 8 * len(args[6])
-        if wrong:  # another replica may have it right
+        if wrong and not self._nobody_has_it_right(key, args):
             self.replication.failed(self, wrong)
             return
         self._size += ITEM_SIZE
@@ -381,6 +390,33 @@ class Session:
             self._received[key] = None
         if len(self._items) >= PIECE or self._size >= PIECE_SIZE:
             self._write_items()
+
+    def _nobody_has_it_right(self, key: Any, args: tuple[Any, ...]) -> bool:
+        """Is the value damaged on all sources? Then it is better than none.
+
+        Its checksum remains wrong, so nobody will take it for good; and the rest of
+        the partition gets a replica.
+        """
+        target, replication = self.target, self.replication
+        if len(args) != 6 or max(args[0], args[1], args[5] or ZERO_TID) > MAX_TID:
+            return False
+        assert self.conn is not None
+        link = replication.operation.peer_handler.links.get(self.conn)
+        if link is not None and FEATURE_CHECK in link.features:
+            self.conn.notify(NotifyDamaged, args[0], args[1])  # maybe it can repair it
+        failures = target.damaged.setdefault(key, {})
+        nid = self.source.nid or 0
+        failures[nid] = failures.get(nid, 0) + 1
+        sources = replication.sources(target.partition)
+        # With `dedup`, an equal checksum means an equal value.
+        if self._backend.dedup or any(failures.get(n, 0) < 2 for n in sources):
+            return False
+        replication.node.log.error(
+            "%s at %s is damaged on all replicas: replicated as it is",
+            args[0].hex(),
+            args[1].hex(),
+        )
+        return True
 
     def _write_items(self) -> None:
         items, self._items = self._items, []

@@ -390,3 +390,17 @@ def test_topology_limits(
     for row in rows:
         held = [nodes[nid] for nid in row]
         assert max(map(held.count, held)) <= -(-len(row) // distinct)
+
+
+def test_behind() -> None:
+    """Of cells that must be the same, those that are older, or else."""
+    up = CellState.UP_TO_DATE
+    rows = [{1: up, 2: up, 3: CellState.OUT_OF_DATE}, {1: up, 2: up}, {1: up}]
+    a, b, c = (bytes(7) + bytes([n]) for n in (1, 2, 3))
+    same = {0: {1: (b, b), 2: (b, b), 3: (a, a)}, 1: {1: (a, a), 2: (a, a)}}
+    assert policy.behind(rows, same) == ({}, {})
+    assert policy.behind(rows, {0: {1: (b, b), 2: (a, b)}}) == ({(0, 2): None}, {})
+    assert policy.behind(rows, {1: {1: (a, a), 2: (a, c)}}) == ({(1, 1): None}, {})
+    # The second has something that the first lacks: not just a copy.
+    assert policy.behind(rows, {1: {1: (c, a), 2: (a, b)}}) == ({}, {(1, 2): None})
+    assert policy.behind(rows, {2: {1: (a, a)}, 7: {1: (a, a)}}) == ({}, {})

@@ -73,7 +73,11 @@ def test_creation() -> None:
         (b"127.0.0.1", 12345),
         NAME.encode(),
         None,
-        {b"devpath": (b"host", b"0"), b"new_nid": (), b"features": (b"lease", b"check")},
+        {
+            b"devpath": (b"host", b"0"),
+            b"new_nid": (),
+            b"features": (b"lease", b"check"),
+        },
     )
     assert h.backend.settings().name is None
     h.hold_jobs = True

@@ -516,3 +516,25 @@ def test_clients_go_first() -> None:
             h.advance(10)
             assert h.backend.own_cells()[0].tid == number(4)
             break
+
+
+def test_damaged_on_all_replicas() -> None:
+    """The rest of the partition must get a replica; nobody takes the value for good."""
+    h, peer = replicating()
+    for attempt in range(2):
+        _, msg_id, _ = peer.expect(AskFetchTransactions)
+        peer.send(AnswerFetchTransactions, None, (), ZERO_TID, msg_id=msg_id)
+        _, msg_id, _ = peer.expect(AskFetchObjects)
+        peer.send(AddObject, A, T1, 0, bytes(20), b"data", None, msg_id=msg_id)
+        peer.send(AddObject, A, T2, *value(b"good"), None, msg_id=msg_id)
+        peer.send(AnswerFetchObjects, None, None, {}, msg_id=msg_id)
+        assert ("interrupted" in h.log.lines[-1]) is (attempt == 0)
+        h.advance(1)
+    assert "damaged on all replicas" in h.log.lines[-1]
+    assert h.m.receive(NotifyReplicationDone) == (0, T2)
+    damaged = h.backend.load(A, at=T1)
+    assert damaged is not None
+    assert damaged[2:5] == (0, bytes(20), b"data")
+    good = h.backend.load(A)
+    assert good is not None
+    assert good[4] == b"good"
