@@ -1,4 +1,4 @@
-"""Scenarios of behaviour.md 11, A, B and F: masters, recovery, replication."""
+"""Scenarios of behaviour.md 11, A, B, F, I: masters, recovery, replication."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from neo.lib.protocol import (
     NodeType,
     SetClusterState,
     SetNodeState,
+    SetNumReplicas,
     Truncate,
 )
 from neo.lib.pt import PartitionTable
@@ -286,3 +287,35 @@ def test_135_deletions_and_undo_are_replicated() -> None:
     assert scene.tokens_of(X) == ["init"]
     scene.cluster.restart("s0")
     scene.audit()
+
+
+# --- I: admin -------------------------------------------------------------------------
+
+
+def test_174_master_dies_while_a_tool_waits() -> None:
+    """The tool gets an error; what comes for one that left is ignored."""
+    scene = Scene(Shape(admins=1, clients=2))
+    tool = Tool(scene)  # type: ignore[arg-type]
+    scene.sim.clog("a0", "m0")
+    answers: list[Any] = []
+    for _ in range(2):
+        tool.connect().ask(SetNumReplicas, 0).then(
+            lambda *answer: answers.append(answer),
+            lambda code, text: answers.append((code, text)),
+        )
+    scene.sim.run(0.5)
+    assert not answers
+    scene.cluster.crash("m0")
+    scene.sim.run_until(lambda: len(answers) == 2, 5)
+    assert all(len(answer) == 2 and answer[0] for answer in answers), answers
+    scene.sim.heal()
+    scene.cluster.restart("m0")
+    scene.sim.run_until(lambda: scene.cluster.healthy, 20)
+    scene.sim.clog("a0", "m0")
+    gone = tool.connect()
+    gone.ask(SetNumReplicas, 0)
+    scene.sim.run(0.5)
+    gone.close("gone")
+    scene.sim.heal()
+    scene.sim.run(1)
+    assert tool.ask(SetNumReplicas, 0)

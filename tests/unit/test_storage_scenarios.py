@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from neo.lib.protocol import (
+    AcceptIdentification,
     AnswerUnfinishedTransactions,
     AskUnfinishedTransactions,
     CellState,
+    Error,
+    ErrorCode,
+    NodeState,
+    NodeType,
     NotifyPackCompleted,
     NotifyReplicationDone,
 )
 
 from .storage_harness import OUT, UP, Harness
+from .test_storage_node import C1, identify
 from .test_storage_replication import OTHER, T2, TABLE, source, transfer
+
+
+def test_12_13_an_id_that_was_given_to_another_client() -> None:
+    """Who had it before is refused, who has it waits until the master has said so."""
+    h = Harness()
+    h.operate()
+    client = NodeType.CLIENT, None, C1
+    h.tell_nodes((*client, NodeState.RUNNING, h.timestamp))
+    old = h.timestamp
+    new = identify(h, C1, old + 10)
+    assert not new.packets()
+    h.tell_nodes((*client, NodeState.UNKNOWN, old))
+    assert not new.packets()
+    h.tell_nodes((*client, NodeState.RUNNING, old + 10))
+    assert new.receive(AcceptIdentification) == (NodeType.STORAGE, 1, C1)
+    late = identify(h, C1, old)
+    assert late.receive(Error)[0] == ErrorCode.NOT_READY
+    assert late.is_closed
+    assert not new.is_closed
 
 
 def test_125_table_changes_before_the_answer() -> None:
