@@ -1,5 +1,7 @@
 # All of it works on a fresh machine that has Python >= 3.11 (with venv): no compiler, no
-# headers of databases. What is installed already is not looked at again.
+# headers of databases. What is installed already is not looked at again. For its tests on
+# MariaDB, `make test` installs a server and what mysqlclient builds with, if it may (as
+# root, with apt); else it says at its end what it left out.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,6 +54,7 @@ run: $(VENV)/.run
 	@exec $(BIN)/neosimple $(ARGS) '$(DIR)'
 
 test: $(VENV)/.test
+	@sh tests/install_mariadb.sh $(BIN)/python
 	$(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
 
 lint: $(VENV)/.test

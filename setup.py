@@ -27,6 +27,7 @@ extras["all"] = sorted(
 )
 extras["test"] = [
     *extras["all"],
+    *extras["storage-pymysql"],  # mysqlclient: see tests/install_mariadb.sh
     "ZEO >= 6",
     "Zope[wsgi]",
     "coverage",

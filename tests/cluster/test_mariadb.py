@@ -190,6 +190,22 @@ def test_error_at_start(
     assert "secret" not in err
 
 
+def test_readme(mariadb: mariadb.Server) -> None:
+    """What README.rst says of databases and users suffices."""
+    text = (Path(__file__).parents[2] / "README.rst").read_text()
+    statements = re.findall(r"^    ((?:CREATE|GRANT) .*);$", text, re.M)
+    assert len(statements) == 3
+    for sql in statements:
+        mariadb.execute(sql)
+    (url,) = re.findall("``database: (neo:.*)/run/mysqld/mysqld.sock``", text)
+    db = open_backend("MySQL", url + mariadb.socket)
+    db.begin(durable=True)
+    db.set_name("example")
+    db.commit()
+    assert db.settings().name == "example"
+    db.close()
+
+
 def test_neosimple(tmp_path: Path) -> None:
     """One command gives a cluster with a server of its own, and continues it."""
     mariadb.require()

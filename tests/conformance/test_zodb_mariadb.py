@@ -63,20 +63,14 @@ class InnoDBTests(OnMariaDB, suites.NEOStorageTests):
     __test__ = True
 
 
-class MixedTests(OnMariaDB, suites.NEOStorageTests):
-    """On two replicas, one of them in a file of SQLite."""
+class MixedTests(OnMariaDB, suites.ZODBTests):
+    """A database on NEO, on two replicas: one of them in a file of SQLite."""
 
     __test__ = True
 
     storages = 2
     replicas = 1
     files = ("storage1",)
-
-
-class InnoDBRecoveryTests(OnMariaDB, suites.RecoveryTests):
-    """From one cluster to another."""
-
-    __test__ = True
 
 
 class RocksDBTests(OnMariaDB, suites.ZODBTests):
