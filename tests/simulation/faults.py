@@ -454,9 +454,9 @@ class Faults:
             self._later(20, lambda name=name: self.restart(name))
 
     def _truncate(self) -> None:
-        """Forget the last transactions, once or twice in a run."""
+        """Forget the last transactions, once in a run."""
         tokens = self.tokens
-        if tokens is None or len(tokens.truncations) > 1 or not self.cluster.running:
+        if tokens is None or tokens.truncations or not self.cluster.running:
             return
         tid = tokens.truncate(self.rng.choice([0, 1, 5, 20]))
         if tid is not None:

@@ -76,7 +76,11 @@ class Options:
         rng = sim.rng("options")
         shape = Shape.drawn(sim)
         share = rng.choice([0.1, 0.2, 0.5])
-        kinds = tuple(kind for kind in KINDS if rng.random() < share) or ("crash",)
+        # Each from a generator of its own: one more changes nothing in the others.
+        kinds = tuple(
+            kind for kind in KINDS if sim.rng(f"kind {kind}").random() < share
+        )
+        kinds = kinds or ("crash",)
         if set(kinds) & {*COMMANDS, "lost-disk"}:
             shape.admins = 1
         return cls(
@@ -92,9 +96,9 @@ class Options:
             buggify=rng.choice([0, 0.5]),
             skew=rng.choice([0, 1, 3600]),
             tunables={
-                name: rng.choice(values)
+                name: sim.rng(name).choice(values)
                 for name, values in TUNABLES.items()
-                if rng.random() < 0.2
+                if sim.rng(name).random() < 0.2
             },
         )
 

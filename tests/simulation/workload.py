@@ -72,7 +72,7 @@ class Tokens:
         #: called with the storage, the oids and the tid of each commit
         self.acknowledged: Callable[[Any, list[bytes], bytes], object] | None = None
         self.created: dict[bytes, str] = {}  # new objects: oid -> token
-        # (when it was asked for, since when all is as usual, to which tid)
+        # (when it was asked for, since when all is as usual, to which tid): one at most
         self.truncations: list[tuple[float, float, bytes]] = []
         self._number = 0
 
