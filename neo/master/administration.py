@@ -155,7 +155,7 @@ class Administration(Identified):
     def _check_copies(self, nids: Sequence[int]) -> list[policy.Cell]:
         """Cells that change if these nodes are dropped. Raises Refused."""
         rows = self.master.pt.rows
-        cells = policy.drop(rows, nids)
+        cells = policy.drop(rows, nids, self.master.pt.replicas)
         if cells is None:
             partition = next(
                 p for p, row in enumerate(rows) if policy.drop([row], nids) is None

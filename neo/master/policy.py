@@ -428,11 +428,12 @@ def behind(
     return old, strange
 
 
-def drop(rows: Rows, nids: Container[int]) -> list[Cell] | None:
+def drop(rows: Rows, nids: Container[int], replicas: int = 0) -> list[Cell] | None:
     """Remove these nodes from the table; None if a partition would be lost.
 
-    Feeding cells elsewhere stay for good, one for each cell that is removed. For a
-    kill, only `is not None` counts: the cells are then outdated. Source: behaviour 4.6.
+    Feeding cells elsewhere stay for good, one for each cell that is removed, unless
+    others are there or on their way (neoppod ends with too many cells). For a kill,
+    only `is not None` counts: the cells are then outdated. Source: behaviour 4.6.
     """
     cells: list[Cell] = []
     for partition, row in enumerate(rows):
@@ -443,7 +444,13 @@ def drop(rows: Rows, nids: Container[int]) -> list[Cell] | None:
         rest = {nid: state for nid, state in row.items() if nid not in nids}
         feeding = sorted(nid for nid, state in rest.items() if state is FEEDING)
         if feeding:
-            cells += [(partition, nid, UP_TO_DATE) for nid in feeding[: len(gone)]]
+            states = list(rest.values())
+            coming = states.count(OUT_OF_DATE)
+            missing = replicas + 1 - states.count(UP_TO_DATE) - coming
+            count = max(0, min(missing, len(gone)))
+            cells += [(partition, nid, UP_TO_DATE) for nid in feeding[:count]]
+            if not coming:  # nobody to feed any more
+                cells += [(partition, nid, DISCARDED) for nid in feeding[count:]]
         elif UP_TO_DATE not in rest.values() and any(
             row[nid] in READABLE for nid in gone
         ):

@@ -187,11 +187,13 @@ def test_outdate(before: str, running: set[int], lost: int | None, after: str) -
         ("UUU", {1, 2}, "..U"),
         ("UUU", {1, 2, 3}, None),
         ("UU|U.", {2}, "U.|U."),
+        ("UFOO", {4}, "UFO."),  # two remain, with the one on its way
+        ("UUFO", {4}, "UU.."),
     ],
 )
 def test_drop(before: str, dropped: set[int], after: str | None) -> None:
     rows = parse(before)
-    cells = policy.drop(rows, dropped)
+    cells = policy.drop(rows, dropped, 1)
     if after is None:
         assert cells is None
     else:
@@ -290,9 +292,11 @@ def test_cluster_lives_through_tweaks(
             assert readable(row) == len(row) == min(new_replicas + 1, len(nodes))
 
 
-@given(tables, st.sets(st.integers(1, COUNT)))
-def test_drop_never_loses_a_partition(rows: Table, gone: set[int]) -> None:
-    changes = policy.drop(rows, gone)
+@given(tables, st.sets(st.integers(1, COUNT)), st.integers(0, 2))
+def test_drop_never_loses_a_partition(
+    rows: Table, gone: set[int], replicas: int
+) -> None:
+    changes = policy.drop(rows, gone, replicas)
     if changes is None:
         assert any(
             readable(row) and not readable(row, sorted(set(row) - gone)) for row in rows
