@@ -415,7 +415,7 @@ class Recovering(PrimaryPhase):
         return waiting
 
     def _leave(self, needed: list[Node]) -> None:
-        master, pt, nodes = self.master, self.master.pt, self.master.nodes
+        master, nodes = self.master, self.master.nodes
         self.election.stop()
         changed = []
         if self.loaded:
@@ -441,14 +441,37 @@ class Recovering(PrimaryPhase):
                 for nid, node in nodes.running().items()
                 if self._holds_its_data(node)
             }
-            cells = policy.outdate(pt.rows, running, None)
-            master.change_table(cells, kinds=(NodeType.ADMIN,))
+            self._leave_behind(running)
         else:
             self._create(needed)
         for node in nodes.of_type(NodeType.STORAGE):
             if node.connection is None and not master.is_member(node.nid):
                 master.forget(node)  # it came, and left, during the recovery
         master.become(Verifying(master))
+
+    def _leave_behind(self, running: Mapping[int, Node | None]) -> None:
+        """Who is absent, or has lost its data, must not be taken for up to date."""
+        master, pt = self.master, self.master.pt
+        here = master.nodes.running()
+        absent = [nid for nid in pt.nids() if nid not in here]
+        cells = policy.outdate(pt.rows, running, None)
+        if absent and master.truncate_tid is not None:
+            # An administrator starts without them. Nothing will tell them later what to
+            # delete, so their data are of no use: they must be added anew.
+            dropped = policy.drop(pt.rows, absent, pt.replicas)
+            if dropped is not None:
+                cells = dropped
+                for nid in absent:
+                    master.members.pop(nid, None)
+                    master.log.warning(
+                        "%s is dropped: it is not there to truncate", nid_str(nid)
+                    )
+        if not cells and absent:
+            # Whoever has this version has taken part in all that follows: a truncation
+            # that an absent node has in mind is older.
+            master.change_table([], pt.replicas, kinds=(NodeType.ADMIN,))
+        else:
+            master.change_table(cells, kinds=(NodeType.ADMIN,))
 
     def _create(self, storages: list[Node]) -> None:
         master = self.master

@@ -206,31 +206,32 @@ class Initialization(MasterHandler):
 
     def ask_last_ids(self, conn: Connection) -> None:
         reply = conn.defer()
-        conn.pause()
         node, backend = self.node, self.backend
 
         def answer() -> None:
-            if conn is not node.master:
-                return
             node.notify_pack_completed()
             reply.answer(AnswerLastIDs, *backend.last_ids(node.readable_partitions()))
-            conn.resume()
+
+        self._truncate_first(conn, answer)
+
+    def _truncate_first(self, conn: Connection, then: Callable[[], object]) -> None:
+        """Call `then` when what is recorded is done; the next packet comes after."""
+        conn.pause()
+        backend = self.backend
 
         def truncated(more: bool) -> None:
             if more:
-                # Not durable: it can be resumed at any point.
+                # Durable: what follows may be based on it, and a group that has nothing
+                # to write would not make the last one so.
                 self.writer.submit(
-                    lambda: backend.truncate(TRUNCATION_SLICE), truncated, durable=False
+                    lambda: backend.truncate(TRUNCATION_SLICE), truncated
                 )
-            else:
-                # What follows may be based on it.
-                self.writer.submit(lambda: None, lambda result: answer())
+            elif conn is self.node.master:
+                then()
+                conn.resume()
 
         def ready() -> None:
-            if backend.settings().truncate_tid is None:
-                answer()
-            else:
-                truncated(True)
+            truncated(backend.settings().truncate_tid is not None)
 
         self.writer.barrier(ready)
 
@@ -252,4 +253,6 @@ class Initialization(MasterHandler):
             raise ProtocolError("backup clusters are not supported by this version")
         if pt.ptid is None or not pt.filled():
             raise ProtocolError("StartOperation without partition table")
-        self.node.start_operation(conn)
+        # The others may have truncated, and gone on, while this node was away. If they
+        # have not, nothing is lost: they hold what is deleted here.
+        self._truncate_first(conn, lambda: self.node.start_operation(conn))

@@ -10,10 +10,18 @@ import pytest
 
 from neo.lib.connection import Connection
 from neo.lib.handler import Handler
-from neo.lib.protocol import AskMonitorInformation, ClusterState
+from neo.lib.protocol import (
+    AddPendingNodes,
+    AskMonitorInformation,
+    ClusterState,
+    Packet,
+    SetClusterState,
+    Truncate,
+    TweakPartitionTable,
+)
 from neo.lib.util import Address
 from tests.history import OK
-from tests.simulation.cluster import Shape
+from tests.simulation.cluster import Shape, transactions_of
 from tests.simulation.runtime import SimRuntime
 from tests.simulation.test_cluster import World
 
@@ -23,9 +31,9 @@ STANDARD = Shape(masters=2, storages=3, replicas=1, partitions=12, clients=2, ad
 QUIET = Shape(masters=2, storages=3, replicas=1, partitions=3, clients=2)
 
 
-def world_of(shape: Shape = STANDARD, think: float = 0.1) -> World:
+def world_of(shape: Shape = STANDARD, think: float = 0.1, seed: int = 0) -> World:
     """A running cluster whose clients are not too busy: much time passes here."""
-    world = World(shape)
+    world = World(shape, seed)
     world.tokens.think = think
     world.commits(10)
     return world
@@ -373,31 +381,45 @@ def test_clocks_of_all_differ() -> None:
 
 
 class Tool(Handler):
-    """`neoctl print summary`."""
+    """`neoctl`: sends one request."""
 
-    def __init__(self, runtime: SimRuntime, admin: Address) -> None:
+    def __init__(
+        self, runtime: SimRuntime, admin: Address, packet: Packet[...], *args: Any
+    ) -> None:
         super().__init__()
         self.runtime = runtime
         self.admin = admin
-        self.text = ""
+        self.request = packet, args
+        self.answer: tuple[Any, ...] | None = None
+        self.refused: str | None = None
 
     def start(self) -> None:
         self.runtime.connect(self.admin, self)
 
     def connected(self, conn: Connection) -> None:
-        conn.ask(AskMonitorInformation).then(self._answered)
+        packet, args = self.request
+        conn.ask(packet, *args).then(self._answered, self._failed)
 
-    def _answered(self, warning: Any, problem: Any, text: bytes) -> None:
-        self.text = text.decode()
+    def _answered(self, *answer: Any) -> None:
+        self.answer = answer
+
+    def _failed(self, code: int | None, text: str) -> None:
+        self.refused = text
+
+
+def command(world: World, packet: Packet[...], *args: Any) -> tuple[Any, ...]:
+    """What the cluster answers to an administrator."""
+    address = world.cluster.addresses["a0"]
+    tool = world.sim.start("ctl", lambda rt: Tool(rt, address, packet, *args)).app
+    world.sim.run_until(lambda: tool.answer is not None or tool.refused, 5)
+    world.sim.crash("ctl")
+    assert tool.answer is not None, tool.refused
+    return tool.answer  # type: ignore[no-any-return]
 
 
 def summary(world: World) -> list[str]:
     """What `neoctl print summary` shows."""
-    address = world.cluster.addresses["a0"]
-    tool = world.sim.start("ctl", lambda runtime: Tool(runtime, address)).app
-    world.sim.run_until(lambda: tool.text, 5)
-    world.sim.crash("ctl")
-    lines: list[str] = tool.text.splitlines()
+    lines: list[str] = command(world, AskMonitorInformation)[2].decode().splitlines()
     return lines
 
 
@@ -418,4 +440,128 @@ def test_summary_says_who_is_awaited() -> None:
         " administrator to start the cluster without)"
     ]
     world.cluster.restart()
+    world.audit()
+
+
+# --- truncation -----------------------------------------------------------------------
+
+
+def stopped_world(seed: int = 0) -> tuple[World, list[bytes], Any]:
+    """Whose clients have done their work, with its tids and what all replicas hold."""
+    world = world_of(seed=seed)
+    world.tokens.stopping = True
+    world.sim.run_until(lambda: not world.tokens.running, 10)
+    world.sim.run(2)
+    for name in world.cluster.clients:  # their last tid will not be the last any more
+        world.cluster.crash(name)
+    replicas = world.cluster.replicas()
+    return world, sorted(transactions_of(replicas)), replicas
+
+
+def check_truncated(world: World, tid: bytes, before: Any, maybe: bool = False) -> None:
+    """All cells hold what they held, up to that tid (`maybe`: or all of it)."""
+    world.sim.run_until(lambda: world.cluster.healthy, 60)
+    world.sim.run(2)
+    replicas = world.cluster.replicas()
+    expected = {
+        name: {k: v for k, v in cell.items() if key_tid(k) <= tid}
+        for name, cell in before.items()
+    }
+    if maybe and replicas != expected:
+        expected = before
+    assert {n: sorted(map(repr, c)) for n, c in replicas.items()} == {
+        n: sorted(map(repr, c)) for n, c in expected.items()
+    }
+    assert replicas == expected
+    assert world.cluster.leftovers() == {}
+
+
+def key_tid(key: Any) -> bytes:
+    """Of a key of `Cluster.replicas`."""
+    return key if isinstance(key, bytes) else key[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_interrupted_truncation(seed: int) -> None:
+    """Scenarios 38 and 40: one node dies, or all, at any moment; perhaps twice."""
+    world, tids, before = stopped_world(seed=seed)
+    rng = world.sim.rng("faults")
+    tid = tids[len(tids) // 2]
+    command(world, Truncate, tid)
+    for _ in range(rng.choice([1, 2])):
+        world.sim.run(rng.random() ** 2 * 0.3)
+        if rng.random() < 0.3:
+            names = list(world.cluster.nodes)
+        else:
+            names = rng.sample(["m0", "m1", "s0", "s1", "s2"], rng.choice([1, 1, 2]))
+        for name in names:
+            if world.cluster.process(name).alive:
+                world.cluster.crash(name, rng.random() < 0.3)
+        world.sim.run(rng.choice([0, 0.1, 20]))
+        world.cluster.restart()
+    check_truncated(world, tid, before, maybe=True)
+
+
+def test_forced_start_with_a_truncation() -> None:
+    """A storage that was not there to truncate has nothing to say any more."""
+    world, tids, before = stopped_world()
+    tid = tids[len(tids) // 2]
+    world.cluster.crash("s1")
+    world.sim.run(1)
+    command(world, Truncate, tid)
+    world.sim.run(30)
+    assert not world.cluster.running
+    command(world, SetClusterState, ClusterState.VERIFYING)
+    world.sim.run_until(lambda: world.cluster.running, 10)
+    world.cluster.restart("s1")
+    world.sim.run(3)
+    nid = world.sim.app("s1").nid
+    primary = world.cluster.primary
+    assert primary is not None
+    assert nid not in primary.pt.nids()
+    command(world, AddPendingNodes, [nid])
+    world.sim.run(2)
+    command(world, TweakPartitionTable, False, [])
+    world.sim.run_until(lambda: nid in primary.pt.readable_nids(), 20)
+    world.sim.run_until(lambda: world.cluster.healthy, 20)
+    world.sim.run(2)
+    cells = {name.split("/")[0]: cell for name, cell in before.items()}
+    for name, cell in world.cluster.replicas().items():
+        expected = cells[name.split("/")[0]]
+        assert cell == {k: v for k, v in expected.items() if key_tid(k) <= tid}, name
+
+
+@pytest.mark.parametrize("joins", ["running", "recovering"])
+def test_a_truncation_that_one_storage_missed(joins: str) -> None:
+    """It recorded it and died; the others are done with it, and go on.
+
+    When it comes back, it alone has something to delete, whoever is primary then.
+    """
+    world = world_of()
+    tid = world.cluster.storage().lastTransaction()
+    world.cluster.crash("s1")
+    world.commits(10)
+    # It has the present table, with cells that are out of date.
+    world.cluster.restart("s1")
+    world.sim.run_until(lambda: world.sim.app("s1").operation, 10)
+    world.cluster.crash("s1")
+    backend = world.cluster.disks["s1"].open()
+    backend.begin(True)
+    backend.set_truncate_tid(tid)
+    backend.commit()
+
+    def restart(*storages: str) -> None:
+        for name in world.cluster.nodes:
+            if world.cluster.process(name).alive:
+                world.cluster.crash(name)
+        world.cluster.restart(*world.cluster.masters, "a0", *storages)
+        world.commits(10)
+
+    restart("s0", "s2")
+    if joins == "running":
+        world.cluster.restart("s1")
+        world.commits(10)
+    else:
+        restart("s0", "s1", "s2")
+    assert world.sim.app("s1").backend.settings().truncate_tid is None
     world.audit()
