@@ -365,6 +365,9 @@ class _Searching(MasterLink):
         else:
             conn.close("it is not primary")
 
+    def flush_log(self, conn: Connection) -> None:
+        self.master.log.flush()
+
     def closed(self, conn: Connection) -> None:
         self.phase.lost(conn)
 
@@ -396,6 +399,9 @@ class _Following(Handler):
                 return
         if master.node not in master.nodes or self.phase.primary not in master.nodes:
             raise ProtocolError("the list of masters lacks the primary or me")
+
+    def flush_log(self, conn: Connection) -> None:
+        self.master.log.flush()
 
     def notify_cluster_information(self, conn: Connection, state: ClusterState) -> None:
         self.master.log.info("the cluster is %s", state)

@@ -251,6 +251,24 @@ def test_full_disk_of_logs(tmp_path: Path) -> None:
         assert cluster.state() == "RUNNING"
 
 
+def test_flush_logs(tmp_path: Path) -> None:
+    """All nodes write their logs, and nobody takes that badly."""
+    with Cluster(tmp_path, masters=2) as cluster:
+        logfile = cluster.path("client.log")
+        with cluster.client(logfile=logfile) as storage:
+            tid = count(storage, p64(1), bytes(8), b"0")
+            until(lambda: cluster.neoctl("print", "node")[1].count("RUNNING") == 5)
+            lines = cluster.neoctl("print", "node")[1].splitlines()
+            (client,) = (line for line in lines if "CLIENT" in line)
+            sizes = {path: os.path.getsize(path) for path in tmp_path.glob("*.log")}
+            assert len(sizes) == 5
+            assert cluster.neoctl("flush_log")[0] == 0
+            until(lambda: all(os.path.getsize(p) > n for p, n in sizes.items()), "logs")
+            count(storage, p64(1), tid, b"1")
+            assert client in cluster.neoctl("print", "node")[1]
+        assert not any("FlushLog" in cluster.said(name) for name in cluster.processes)
+
+
 PRELOADED = """
 import os, sys, transaction, ZODB
 from BTrees.Length import Length
