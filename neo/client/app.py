@@ -261,6 +261,10 @@ class MasterHandler(Handler):
         if self.app.synchronised:
             self.app.invalidate(tid, oids)
 
+    def flush_log(self, conn: Connection) -> None:
+        """An administrator wants to read all logs."""
+        conn.log.flush()
+
     def error(
         self, conn: Connection, packet: Packet[...] | None, code: int, text: str
     ) -> None:
