@@ -405,12 +405,18 @@ class Master:
         assert pt.ptid is not None
         ptid = pt.ptid + 1
         complete = self._complete()
+        new = [
+            (partition, nid)
+            for partition, nid, _ in cells
+            if pt.state(partition, nid) is None
+        ]
         # What only makes cells readable that were there takes nothing from anybody.
-        changes_who_is_needed = any(
-            state not in READABLE or pt.state(partition, nid) is None
-            for partition, nid, state in cells
+        changes_who_is_needed = new or any(
+            state not in READABLE for _, _, state in cells
         )
         pt.update(ptid, replicas, cells)
+        if new:
+            self.transactions.cells_assigned(new)
         self.known_ptid = ptid
         for partition, nid, state in cells:
             # What is replicated for a former assignment doesn't count any more.

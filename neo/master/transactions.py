@@ -155,6 +155,9 @@ class Transactions:
         # Storages that can take part: nid -> (rank of arrival, connection).
         self.ready: dict[int, tuple[int, Connection]] = {}
         self.rank = 0
+        # Cells that were assigned during the operation: (partition, nid) -> rank.
+        # Transactions that had begun were not written there; they are replicated.
+        self.assigned: dict[tuple[int, int], int] = {}
         self.starting: dict[Node, float] = {}  # since when (monotonic)
         self.stopping = False  # nothing begins any more
         # Dropped because others waited for them: their clients may not know it.
@@ -177,6 +180,12 @@ class Transactions:
         self.reputation.ready(node.nid)
         self.ready[node.nid] = self.rank, node.connection
         self._retry_begins()
+
+    def cells_assigned(self, cells: Iterable[tuple[int, int]]) -> None:
+        """Transactions that begin from now on know of these (partition, nid)."""
+        self.rank += 1
+        for cell in cells:
+            self.assigned[cell] = self.rank
 
     def storage_lost(self, node: Node) -> None:
         """Nothing more waits for it. The cluster is operational without it."""
@@ -297,7 +306,7 @@ class Transactions:
                 )
             ttid = self._given = next_tid(self.clock(), self.greatest)
         else:
-            self._check_imposed(tid)
+            self._check_imposed(client, tid)
             ttid = tid
         transaction = Transaction(ttid, client, self.rank, tid is not None)
         if tid is not None:
@@ -306,14 +315,20 @@ class Transactions:
         self.by_client.setdefault(client, {})[ttid] = transaction
         return ttid
 
-    def _check_imposed(self, tid: bytes) -> None:
-        if self.in_progress:
+    def _check_imposed(self, client: Node, tid: bytes) -> None:
+        queue = self.queue
+        # What this client imported before may still be being finished.
+        if len(self.in_progress) > len(queue) or any(
+            not other.imposed or other.client is not client for other in queue
+        ):
             raise ProtocolError(
                 "an imposed tid needs that no other transaction is in progress"
             )
-        if tid <= self.last_tid:
+        last_tid = queue[-1].tid if queue else self.last_tid
+        assert last_tid is not None
+        if tid <= last_tid:
             raise ProtocolError(
-                f"tid {tid.hex()} is not after the last one, {self.last_tid.hex()}"
+                f"tid {tid.hex()} is not after the last one, {last_tid.hex()}"
             )
         limit = max(
             clock_tid(self.runtime.now() + FUTURE_MAX),
@@ -533,8 +548,14 @@ class Transactions:
         modified.update(dict.fromkeys(deleted))
         cells = master.pt.rows
         holders: dict[int, None] = {}
+        assigned, begun = self.assigned, transaction.begun
         for partition in {**modified, **dict.fromkeys(checked), u64(ttid) % np: None}:
-            holders.update(dict.fromkeys(cells[partition]))
+            if assigned:
+                for nid in cells[partition]:
+                    if assigned.get((partition, nid), 0) <= begun:
+                        holders[nid] = None
+            else:
+                holders.update(dict.fromkeys(cells[partition]))
         for nid in self._took_part(transaction, failed):
             # Outdated before any lock is requested: verification relies on that.
             if nid in holders:

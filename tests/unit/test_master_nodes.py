@@ -452,6 +452,9 @@ def test_a_secondary_redirects_and_obeys() -> None:
     ((index, masters),) = world.sim.app("X").of("NotPrimaryMaster")
     assert masters[index] == (b"127.0.0.1", 10000 + int(primary[1:]))
     admin = world.admin(to=world.addresses[int(primary[1:])])
+    conn = world.sim.app(other).phase.conn
+    world.tell(admin, FlushLog)
+    assert world.sim.app(other).phase.conn is conn
     mine = world.sim.app(primary).node.nid
     assert world.refused(admin, SetNodeState, mine, DOWN)[0] == DENIED
     nid = world.sim.app(other).node.nid

@@ -26,6 +26,7 @@ from neo.lib.protocol import (
     NodeType,
     NotifyPackCompleted,
     NotifyReplicationDone,
+    TweakPartitionTable,
     WaitForPack,
 )
 from neo.lib.util import add64, p64, tid_from_time, u64
@@ -319,6 +320,24 @@ def test_others_begin_while_an_import_is_finished() -> None:
     outcome = finish(world, other, ttid, 1)
     world.until(lambda: outcome.over and imported.over)
     assert imported.answer == (tid, tid)
+
+
+def test_imports_follow_each_other() -> None:
+    """The client that imports needs not wait for the end of the former commit."""
+    world = cluster(1, replicas=0)
+    client, other = world.client("C1"), world.client("C2")
+    first = add64(commit(world, client, 1), 1000)
+    tids = [add64(first, 10 * number) for number in range(3)]
+    world.storage("S1").hold.add("AskLockInformation")
+    for tid in tids:
+        assert begin(world, client, tid) == tid
+        finish(world, client, tid, 1)
+    world.ask(other, AskBeginTransaction, add64(first, 100))
+    world.until(lambda: other.conn is None)
+    world.ask(client, AskBeginTransaction, tids[1])
+    world.until(lambda: client.conn is None)
+    world.storage("S1").release("AskLockInformation")
+    world.until(lambda: world.primary.transactions.last_tid == tids[-1])
 
 
 def test_clock_set_back() -> None:
@@ -623,3 +642,27 @@ def test_added_storage_that_never_gets_ready() -> None:
     world.storage("S3").release("StartOperation")
     world.settle()
     assert not world.master.transactions.starting
+
+
+def test_cells_assigned_since_the_begin() -> None:
+    """The client did not write there: the storage replicates that transaction."""
+    world = cluster(2, replicas=0)
+    client = world.client("C1")
+    world.storages("S3")
+    admin = world.admin()
+    world.call(admin, AddPendingNodes, [3])
+    world.settle()
+    storage = world.storage("S3")
+    old = begin(world, client)
+    world.call(admin, TweakPartitionTable, False, [1])
+    world.settle()
+    new = begin(world, client)
+    world.call(storage, AskUnfinishedTransactions, [0, 1])
+    for ttid in old, new:
+        outcome = finish(world, client, ttid, 0, 1)
+        world.until(lambda outcome=outcome: outcome.over)
+        assert outcome.answer is not None
+    world.settle()
+    assert [args[0] for args in storage.of("AskLockInformation")] == [new]
+    assert [args[0] for args in storage.of("NotifyTransactionFinished")] == [old, new]
+    assert storage.lost == 0
