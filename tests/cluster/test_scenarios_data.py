@@ -175,6 +175,15 @@ def again(world: World, *command: str) -> None:
         raise AssertionError((command, last)) from None
 
 
+def copies(world: World, *nids: str) -> int:
+    """Number of cells that are up to date on these storages, -1 if some are not."""
+    lines = world.neoctl("print", "pt")[1].splitlines()
+    cells = [text.split() for text in lines if text[:2] in nids]
+    if any(set(row) - {"U", "."} for _, _, row in cells):
+        return -1
+    return sum(row.count("U") for _, _, row in cells)
+
+
 def test_27_kill_during_tweak(tmp_path: Path) -> None:
     """Nodes are killed while a storage is added, and while it is emptied."""
     with World(tmp_path) as world:
@@ -191,7 +200,9 @@ def test_27_kill_during_tweak(tmp_path: Path) -> None:
             with Killer(world) as killer:
                 again(world, "tweak", nid)
                 time.sleep(3)
-            world.balance(nid)
+            again(world, "tweak", nid)
+            # Its cells stay until it is dropped.
+            until(lambda: copies(world, "S1", "S2", "S3") == 24, "tweak")
             again(world, "drop", nid)
             until(lambda name=name: not world.processes[name].is_alive(), "its end")
             world.gone.add(name)
