@@ -30,7 +30,14 @@ from neo.lib.compress import parse_option
 from neo.lib.config import MasterList, check_tls, masters
 from neo.lib.exception import ConfigurationError
 from neo.lib.logger import Logger
-from neo.lib.protocol import MAX_TID, ZERO_OID, ZERO_TID, NodeType, WaitForPack
+from neo.lib.protocol import (
+    FEATURE_IMPORT,
+    MAX_TID,
+    ZERO_OID,
+    ZERO_TID,
+    NodeType,
+    WaitForPack,
+)
 from neo.lib.runtime import ClientRuntime
 from neo.lib.tls import TLS
 from neo.lib.util import Address, add64, p64, tid_from_time, u64
@@ -44,6 +51,7 @@ from .app import (
     ClientApp,
     ClientOptions,
     Refusal,
+    offers,
 )
 from .exception import (
     NEOStorageDoesNotExistError,
@@ -56,6 +64,8 @@ from .transactions import NO_DATA, Transaction, begin
 log = logging.getLogger(__name__)
 
 PACK_DESCRIPTION = b"IStorage.pack"
+# Imported transactions that are being finished at once.
+FLYING = 8
 _warned: set[str] = set()
 
 Factory = Callable[[], ClientRuntime]
@@ -604,11 +614,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         finally:
             del self._transactions[id(transaction)]
         if txn.restored:
-            imported, serial = self._imported, u64(tid)
-            for oid in txn.oids:
-                number = u64(oid)
-                if number < 1 << 63:
-                    imported[number] = serial
+            self._remember_imported(txn, tid)
         return tid
 
     def tpc_abort(self, transaction: Any) -> None:
@@ -680,20 +686,92 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     def copyTransactionsFrom(self, source: Any, verbose: bool = False) -> None:
         """Import all transactions of another storage, with their tids."""
-        for transaction in source.iterator():
-            if verbose:
-                log.info("%s", TimeStamp(transaction.tid))
-            self.tpc_begin(transaction, transaction.tid, transaction.status)
+        flight = Flight(self)
+        try:
+            for transaction in source.iterator():
+                if verbose:
+                    log.info("%s", TimeStamp(transaction.tid))
+                self.tpc_begin(transaction, transaction.tid, transaction.status)
+                try:
+                    for r in transaction:
+                        flight.before_reading(r.data_txn)
+                        self.restore(
+                            r.oid, r.tid, r.data, r.version, r.data_txn, transaction
+                        )
+                    flight.before_voting(self._transaction_of(transaction))
+                    self.tpc_vote(transaction)
+                    flight.take_off(transaction)
+                except BaseException:
+                    self.tpc_abort(transaction)
+                    raise
+                flight.land(flight.size)
+        finally:
+            flight.land()
+
+    def _remember_imported(self, txn: Transaction, tid: bytes) -> None:
+        """What an import is based on after this transaction."""
+        imported, serial = self._imported, u64(tid)
+        for oid in txn.oids:
+            number = u64(oid)
+            if number < 1 << 63:
+                imported[number] = serial
+
+
+class Flight:
+    """Imported transactions that are being finished.
+
+    The next one is begun and stored meanwhile, so that syncs are shared and nobody
+    waits for the others. They are finished in their order, also if something fails in
+    the middle: what is committed at last is the beginning of the source, which
+    another import continues.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._flying: deque[tuple[Any, Transaction]] = deque()
+
+    def before_reading(self, tid: bytes | None) -> None:
+        """A transaction is about to be read."""
+        if tid is not None and any(txn.ttid == tid for _, txn in self._flying):
+            self.land()
+
+    def before_voting(self, txn: Transaction) -> None:
+        """Who waits for objects of others votes in vain before they are unlocked."""
+        if any(not txn.oids.keys().isdisjoint(other.oids) for _, other in self._flying):
+            txn.tried_early_vote = True
+
+    @property
+    def size(self) -> int:
+        """How many may fly while the next one begins."""
+        master = self._storage._core.master
+        return FLYING if master is not None and offers(master, FEATURE_IMPORT) else 0
+
+    def take_off(self, transaction: Any) -> None:
+        """Ask to finish what was voted."""
+        storage = self._storage
+        txn = storage._transaction_of(transaction)
+        if self._flying and not txn.follows(self._flying[-1][1]):
+            self.land()
+        with storage._runtime:
+            txn.ask_finish(None)
+            self._flying.append((transaction, txn))
+        storage._remember_imported(txn, transaction.tid)
+
+    def land(self, left: int = 0) -> None:
+        """Wait for all but so many, for all if there is an error, which is raised."""
+        errors = []
+        while len(self._flying) > left:
+            transaction, txn = self._flying.popleft()
             try:
-                for r in transaction:
-                    self.restore(
-                        r.oid, r.tid, r.data, r.version, r.data_txn, transaction
-                    )
-                self.tpc_vote(transaction)
-                self.tpc_finish(transaction)
-            except BaseException:
-                self.tpc_abort(transaction)
-                raise
+                with self._storage._runtime:
+                    txn.finished()
+            except Exception as error:  # noqa: BLE001 raised below
+                errors.append(error)
+                left = 0  # the others have to end, too
+            finally:
+                self._storage._transactions.pop(id(transaction), None)
+        if errors:
+            raise errors[0]
 
 
 class _Unlocked:

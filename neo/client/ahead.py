@@ -65,6 +65,18 @@ class Ahead:
         """The master is lost, and what was asked for with it."""
         self._answer = None
 
+    def drop(self) -> None:
+        """Abort what was asked for: an import must be alone. Waits for the answer."""
+        answer, app = self._answer, self.app
+        self._answer = None
+        if answer is None:
+            return
+        if not answer.done:
+            assert app.master is not None
+            app.runtime.wait(lambda: answer.done, (app.master,))
+        if app.master is not None:
+            self._abort(answer)
+
     def _look(self) -> None:
         """Abort what was not used since the last look."""
         answer, app = self._answer, self.app

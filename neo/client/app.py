@@ -34,6 +34,7 @@ from neo.lib.node import Node, NodeManager, nid_str
 from neo.lib.protocol import (
     FEATURE_CHECK,
     FEATURE_EARLY_VOTE,
+    FEATURE_IMPORT,
     FEATURE_SIZE,
     FEATURES,
     ZERO_HASH,
@@ -200,10 +201,15 @@ class MasterHandler(Handler):
         super().__init__()
         self.app = app
         self.first = True
+        self.features: tuple[bytes, ...] = ()
 
     def closed(self, conn: Connection) -> None:
         """The session ends."""
         self.app.master_lost(conn)
+
+    def notify_features(self, conn: Connection, features: Sequence[bytes]) -> None:
+        """What it offers beyond protocol 5."""
+        self.features = tuple(features)
 
     def notify_node_information(
         self, conn: Connection, timestamp: float, nodes: Sequence[NodeRow]
@@ -350,9 +356,12 @@ class StorageHandler(Handler):
 
 
 def offers(conn: Connection, feature: bytes) -> bool:
-    """Whether a storage named a feature beyond protocol 5."""
+    """Whether a storage or the master named a feature beyond protocol 5."""
     handler = conn.handler
-    return isinstance(handler, StorageHandler) and feature in handler.features
+    return (
+        isinstance(handler, StorageHandler | MasterHandler)
+        and feature in handler.features
+    )
 
 
 class ClientApp:
@@ -407,7 +416,9 @@ class ClientApp:
 
     def identity(self) -> Identity:
         """Arguments of RequestIdentification to a master."""
-        extra = {b"read_only": True} if self.options.read_only else {}
+        extra: dict[bytes, Any] = {FEATURES: [FEATURE_IMPORT]}
+        if self.options.read_only:
+            extra[b"read_only"] = True
         cluster = self.options.cluster.encode()
         return NodeType.CLIENT, self.nid, None, cluster, None, extra
 

@@ -68,6 +68,10 @@ LATE = 1.0
 THROTTLE_MIN = 1 << 20
 
 
+# How a commit ends: the answer, whom to tell the tid, what that raised.
+Finishing = tuple[Answer, Callable[[bytes], object] | None, list[Exception]]
+
+
 class Version:
     """What is being stored, or was, for one object.
 
@@ -122,6 +126,7 @@ class Transaction:
         self.metadata = (user, description, extension)
         self._ttid: bytes | None = None  # not known as long as begin is not answered
         self._begun = Answer()
+        self._finishing: Finishing = Answer(), None, []
         self.session = 0
         self.voting = self.voted = self.ended = False
         self.restored = False
@@ -168,6 +173,7 @@ class Transaction:
             if ahead is None:
                 master.ask(AskBeginTransaction, None).then(answer.set, answer.fail)
         else:
+            self.app.ahead.drop()
             self._begin(tid)
 
     def _wait_begun(self) -> None:
@@ -762,6 +768,30 @@ class Transaction:
 
     def finish(self, callback: Callable[[bytes], object] | None) -> bytes:
         """Commit; the tid. `callback(tid)` is called between cache and last tid."""
+        self.ask_finish(callback)
+        return self.finished()
+
+    def follows(self, other: Transaction) -> bool:
+        """Whether this one can't be committed without `other`, asked to finish before.
+
+        What a storage has locked is committed, whatever happens: so each storage that
+        may lock this one must have locked the other before, which it does in the order
+        of the requests, if it has the metadata of both.
+        """
+        pt = self.app.pt
+        holders = [
+            sorted(nids)
+            for txn in (self, other)
+            for nids in (txn.conns, pt.cells[pt.partition_of(txn.ttid)])
+        ]
+        return (
+            all(nids == holders[0] for nids in holders)
+            and not (self.failed or other.failed)
+            and self.session == other.session
+        )
+
+    def ask_finish(self, callback: Callable[[bytes], object] | None) -> None:
+        """Ask the master to commit; `finished` must follow."""
         assert self.voted
         app = self.app
         errors: list[Exception] = []
@@ -771,6 +801,7 @@ class Transaction:
             answer.set(tid)
 
         answer = Answer()
+        self._finishing = answer, callback, errors
         try:
             app.usable_master()
             self.check_session()
@@ -795,8 +826,19 @@ class Transaction:
                 sorted(checked),
                 self.pack,
             ).then(finished, answer.fail)
-            app.ahead.ask(master, Answer())
-            app.runtime.wait(lambda: answer.done, (master,))
+            if not self.restored:
+                app.ahead.ask(master, Answer())
+        except BaseException:
+            self._end()
+            raise
+
+    def finished(self) -> bytes:
+        """Wait for the end of the commit; the tid."""
+        app = self.app
+        answer, callback, errors = self._finishing
+        try:
+            connections = () if app.master is None else (app.master,)
+            app.runtime.wait(lambda: answer.done, connections)
             if answer.code == ErrorCode.INCOMPLETE_TRANSACTION:
                 raise NEOStorageTransientError(answer.text or "storages failed")
             if answer.code is not None:

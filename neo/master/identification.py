@@ -11,6 +11,7 @@ from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, address_from_wire, as_row, nid_str, nid_type
 from neo.lib.protocol import (
     FEATURE_AWAITED,
+    FEATURE_IMPORT,
     FEATURE_LEASE,
     FEATURES,
     AcceptIdentification,
@@ -297,6 +298,7 @@ class Identification(Handler):
             features = {
                 NodeType.STORAGE: (FEATURE_LEASE,),
                 NodeType.ADMIN: (FEATURE_AWAITED,),
+                NodeType.CLIENT: (FEATURE_IMPORT,),
             }
             conn.notify(NotifyFeatures, features[node.type])
         master.primary.joined(node, conn)
@@ -309,7 +311,7 @@ def _extra(kind: NodeType, extra: Mapping[bytes, Any]) -> dict[str, Any]:
     if kind is NodeType.STORAGE and type(path) is tuple:
         known["devpath"] = tuple(part for part in path if type(part) is bytes)
     if (
-        kind in (NodeType.STORAGE, NodeType.ADMIN)
+        kind in (NodeType.STORAGE, NodeType.ADMIN, NodeType.CLIENT)
         and type(extra.get(FEATURES)) is tuple
     ):
         known["features"] = extra[FEATURES]

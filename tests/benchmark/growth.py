@@ -25,6 +25,7 @@ from .workloads import ALONE, TINY, Client, Metrics, setup
 
 SIZES = TINY._replace(cap=1.0, commits=300)
 BATCH = 2000  # objects in a transaction
+STEP = 50_000  # objects made by one process
 SAMPLE = 1500  # of all objects, those that are loaded
 
 
@@ -130,8 +131,10 @@ def objects(numbers: list[int]) -> Iterator[tuple[str, Metrics]]:
     with started() as peer:
         present = 0
         for number in numbers:
-            run(peer, (fill(present, number),), SIZES, 0)
-            present = number
+            while present < number:
+                stop = min(number, present + STEP)
+                run(peer, (fill(present, stop),), SIZES, 0)
+                present = stop
             yield f"{number:,} objects", costs(peer)
 
 
