@@ -16,7 +16,9 @@ from typing import Any
 
 from .cluster import Cluster, Shape, transactions_of
 from .faults import COMMANDS, KINDS, Faults
+from .marks import marked
 from .runtime import Simulation, SimulationFailed
+from .undo import Undos
 from .workload import Tokens
 
 SAFETY = 30.0  # seconds with faults
@@ -52,7 +54,8 @@ class Options:
     """What a run draws from its seed (swarm). See Simulation and Faults for most.
 
     `commits` end the phase with faults, or `seconds`; `think`: mean pause between two
-    transactions of a thread; `skew`: bound of the differences between clocks.
+    transactions of a thread; `skew`: bound of the differences between clocks;
+    `padding`: greatest size of values, bytes; `undo`: with the other workload, too.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -68,6 +71,8 @@ class Options:
     disk_latency: float = 0.002
     buggify: float = 0.0
     skew: float = 0.0
+    padding: int = 0
+    undo: bool = False
     tunables: dict[str, int | float] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +100,9 @@ class Options:
             disk_latency=rng.choice([0.0001, 0.002, 0.02]),
             buggify=rng.choice([0, 0.5]),
             skew=rng.choice([0, 1, 3600]),
+            padding=sim.rng("padding").choice([0, 0, 0, 1000, 20_000, 300_000]),
+            # (What was undone may be truncated.)
+            undo=sim.rng("undo").random() < 0.3 and "truncate" not in kinds,
             tunables={
                 name: sim.rng(name).choice(values)
                 for name, values in TUNABLES.items()
@@ -161,7 +169,8 @@ class Run:
         )
         sim.options = str(options)
         self.cluster = Cluster(sim, options.shape)
-        self.tokens = Tokens(sim, think=options.think)
+        self.tokens = Tokens(sim, options.think, options.padding)
+        self.undos = Undos(sim, options.think)
         self.tokens.acknowledged = self.cluster.check_durable
         self.faults: Faults | None = None
 
@@ -177,6 +186,8 @@ class Run:
         # As documented: else who starts again with the spare ones makes a new cluster.
         cluster.autostart = 0
         cluster.call(self.tokens.create, cluster.storage())
+        if self.options.undo:
+            cluster.call(self.undos.create, cluster.storage())
         for name in cluster.clients:
             self.start_client(name)
 
@@ -184,10 +195,12 @@ class Run:
         """Start the threads of a client."""
         for _ in range(self.cluster.shape.threads):
             self.tokens.start(name, self.cluster.storage(name))
+        if self.options.undo:
+            self.undos.start(name, self.cluster.storage(name))
 
     def execute(self, seconds: float | None = None) -> None:
         """All phases."""
-        with tuned(self.options.tunables):
+        with tuned(self.options.tunables), marked(self.sim):
             self._execute(seconds)
 
     def _execute(self, seconds: float | None) -> None:
@@ -214,7 +227,7 @@ class Run:
         assert self.faults is not None
         sim, cluster, tokens = self.sim, self.cluster, self.tokens
         self.faults.stop()
-        tokens.think = max(tokens.think, CALM)
+        tokens.think = self.undos.think = max(tokens.think, CALM)
         if cluster.lost:
             # Nodes have found each other by then, if they can.
             sim.run(90)
@@ -231,18 +244,24 @@ class Run:
             tokens.truncated()
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
-        tokens.stopping = True
-        sim.run_until(lambda: not tokens.running, LIVENESS)
+        tokens.stopping = self.undos.stopping = True
+        sim.run_until(lambda: not (tokens.running or self.undos.running), LIVENESS)
         sim.run(QUIET)
         # What was cut off silently may be noticed, and replaced, only now.
         sim.run_until(lambda: cluster.healthy, LIVENESS)
 
     def audit(self) -> None:
         """Compare all that was seen with all that is there."""
+        for attempt in self.tokens.attempts:
+            self.sim.sometimes(f"attempt {attempt.outcome} {attempt.error}".strip())
+            if attempt.resolved:
+                self.sim.sometimes("conflict resolved")
         cluster = self.cluster
         replicas = cluster.replicas()
         metadata = transactions_of(replicas)
         cluster.call(self.tokens.check, cluster.storage(), replicas, metadata)
+        if self.options.undo:
+            cluster.call(self.undos.check, cluster.storage())
         if leftovers := cluster.leftovers():
             raise self.sim.failure(f"left in temporary tables: {leftovers}")
 
@@ -319,6 +338,8 @@ def _smaller(options: Options) -> Iterator[Callable[[Options], Options]]:
     yield lambda o: replace(o, commits=o.commits // 2)
     yield lambda o: replace(o, buggify=0.0)
     yield lambda o: replace(o, skew=0.0)
+    yield lambda o: replace(o, padding=0)
+    yield lambda o: replace(o, undo=False)
     for tunable in options.tunables:
         yield lambda o, n=tunable: replace(
             o, tunables={k: v for k, v in o.tunables.items() if k != n}

@@ -49,22 +49,28 @@ class TokenStorage(Storage):
         committed_data: bytes = b"",
     ) -> bytes:
         """Append to the committed version instead."""
+        if oid not in ALL:
+            raise ConflictError(oid=oid, serials=(committed, base), data=data)
         mine = decode(data)
         token = mine.tokens[-1]
         if not token.endswith(RESOLVABLE):
             raise ConflictError(oid=oid, serials=(committed, base), data=data)
-        old = decode(self.loadSerial(oid, base))
-        theirs = decode(committed_data or self.loadSerial(oid, committed))
+        try:
+            old = decode(self.loadSerial(oid, base))
+            theirs = decode(committed_data or self.loadSerial(oid, committed))
+        except POSKeyError:  # truncated meanwhile; ZODB takes any error for a conflict
+            raise ConflictError(oid=oid, serials=(committed, base)) from None
         return theirs.append(token, mine.balance - old.balance).encode()
 
 
 class Tokens:
     """The workload and what is known of its attempts."""
 
-    def __init__(self, sim: Simulation, think: float = THINK) -> None:
+    def __init__(self, sim: Simulation, think: float = THINK, padding: int = 0) -> None:
         self.sim = sim
         self.rng = sim.rng("workload")
         self.think = think
+        self.padding = padding  # greatest size of what JSON ignores, bytes
         self.attempts: list[Attempt] = []
         self.running = 0  # threads that have not ended
         self.stopping = False
@@ -190,7 +196,9 @@ class Tokens:
         try:
             attempt.phase = "store"
             for oid, value in values.items():
-                storage.store(oid, attempt.reads[oid], value.encode(), "", txn)
+                storage.store(
+                    oid, attempt.reads[oid], self._pad(value.encode()), "", txn
+                )
             if new is not None:
                 data = Value((token,), 0).encode()
                 storage.store(new, bytes(8), data, "", txn)
@@ -213,6 +221,11 @@ class Tokens:
                 self.acknowledged(storage, changed, attempt.tid)
         finally:
             storage.tpc_abort(txn)
+
+    def _pad(self, data: bytes) -> bytes:
+        if not self.padding:
+            return data
+        return data + b" " * int(self.padding * self.rng.random() ** 3)
 
     # --- truncation -------------------------------------------------------------------
 
