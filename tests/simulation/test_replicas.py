@@ -142,10 +142,7 @@ DAMAGE = {
 # --- checks and repairs ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("how", "dedup"),
-    [*((how, False) for how in DAMAGE), ("value", True), ("row", True)],
-)
+@pytest.mark.parametrize(("how", "dedup"), [("value", False), ("row", True)])
 def test_damaged_value_is_repaired_when_it_is_read(how: str, dedup: bool) -> None:
     """Row 23: it is never returned as good, and no operator is needed."""
     shape = Shape(storages=2, replicas=1, partitions=2, clients=2, dedup=dedup)
@@ -158,7 +155,7 @@ def test_damaged_value_is_repaired_when_it_is_read(how: str, dedup: bool) -> Non
     pause(world)
     # Old revisions are read by the audit only; repeatedly, for half of the reads only
     # are for the damaged replica.
-    for _ in range(12):
+    for _ in range(10):
         storage = world.cluster.storage()
         storage._core.cache.clear()
         world.cluster.call(world.tokens.check, storage)
@@ -291,7 +288,7 @@ def test_interrupted_replication(who: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(replication, "PIECE", 2)
     world = World(Shape(storages=3, replicas=1, partitions=3, clients=2))
     rng = world.sim.rng("faults")
-    for _ in range(12):
+    for _ in range(6):
         world.cluster.crash("s2")
         world.commits(15)
         world.cluster.restart("s2")
@@ -378,12 +375,12 @@ def test_lost_disk_is_replaced() -> None:
     world.audit()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_while_the_table_changes(seed: int) -> None:
     """Row 27: add, tweak, drop, with nodes that die meanwhile; it can be repeated."""
     world = World(STANDARD, seed)
     rng = world.sim.rng("faults")
-    for _ in range(6):
+    for _ in range(5):
         tool = Tool(world)
         action = rng.choice(["tweak", "replicas", "leave", "kill"])
         nids = [nid_of(world, name) for name in world.cluster.storages]
@@ -401,8 +398,10 @@ def test_killed_while_the_table_changes(seed: int) -> None:
         if world.cluster.process(victim).alive:
             world.cluster.crash(victim, power=rng.random() < 0.5)
         world.sim.run(rng.random() * 2)
-        world.cluster.restart()
-        world.sim.run_until(lambda: world.cluster.healthy, 60)
+        # Who was told to stop does so later.
+        world.sim.run_until(
+            lambda: world.cluster.restart() or world.cluster.healthy, 60
+        )
         world.sim.crash("tool")
     tool = Tool(world)
     tool.text(SetNumReplicas, 1)
@@ -429,8 +428,7 @@ def put_back(world: World, name: str, image: bytes) -> None:
     disk.volatile.clear()
 
 
-@pytest.mark.parametrize("power", [False, True])
-@pytest.mark.parametrize("name", ["s0", "s1", "s2"])
+@pytest.mark.parametrize(("name", "power"), [("s0", True), ("s2", False)])
 def test_older_copy_of_a_disk(name: str, power: bool) -> None:
     """Row 24: noticed before it serves, out of date, caught up."""
     world = World(Shape(storages=3, replicas=1, partitions=6, clients=2, admins=1))
