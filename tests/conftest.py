@@ -31,4 +31,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if mariadb_tests.HOW_TO in (reason := str(report.longrepr[2]))
     }
     for reason in sorted(reasons):
-        terminalreporter.write_line(f"LEFT OUT, {reason}", yellow=True)
+        reason = reason.removeprefix("Skipped: ")
+        terminalreporter.write_line(f"LEFT OUT: {reason}", yellow=True)

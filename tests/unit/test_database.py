@@ -623,7 +623,10 @@ def test_undo_serials_see_the_running_transaction(db: Backend) -> None:
     assert serials(101, 109, {}) == {}
 
 
-def test_unlock_meets_what_replication_brought(db: Backend) -> None:
+@pytest.mark.parametrize("crash", [False, True])
+def test_unlock_meets_what_replication_brought(
+    life: Life, db: Backend, crash: bool
+) -> None:
     ttid, tid = p64(100), p64(104)
     stores = [store(1, "new"), store(2, "b"), store(5, None), store(9, "c")]
     write(db, ("vote", ttid, stores, meta(1, 2, 5, 9)))
@@ -634,6 +637,8 @@ def test_unlock_meets_what_replication_brought(db: Backend) -> None:
         ("add_object", p64(5), tid, None, None),
         ("add_transaction", tid, Transaction(b"", b"", b"", [], True, ttid, None)),
     )
+    if crash:
+        db = life.crash(db)
     write(db, ("lock", ttid, tid, False), ("unlock", ttid, tid))
     assert data_rows(db) == [b"b", b"c", b"new"]
     assert [load(db, oid) for oid in (1, 2, 5, 9)] == [

@@ -132,6 +132,7 @@ class SQLMaintenance(SQLWriter):
             data_id = value and self._insert_value(partition, value)
         pointer = value_tid and u64(value_tid)
         args = (*key, data_id, pointer)
+        self._replicated = max(self._replicated, tid_number)
         if self.change(self.INSERT_IGNORE + self.INSERT_OBJ, args):
             return
         before = self._pointed(*key)

@@ -32,6 +32,7 @@ class SQLBackend(SQLMaintenance):
     def _reset_memory(self) -> None:
         super()._reset_memory()
         self._voted: dict[int, list[int | None]] = {}  # ttid -> data id of each record
+        self._recovered: frozenset[int] = frozenset()  # ttids that the opening found
         self._with_metadata: dict[int, None] = {}  # ttids of those with metadata
         self._with_pack: dict[int, None] = {}  # and with a pack order
 
@@ -100,6 +101,7 @@ class SQLBackend(SQLMaintenance):
         for (ttid,) in self.fetch("SELECT ttid FROM ttrans"):
             self._voted.setdefault(ttid, [])
             self._with_metadata[ttid] = None
+        self._recovered = frozenset(self._voted)
         for (ttid,) in self.fetch(
             "SELECT ttid FROM ttrans JOIN pack ON pack.tid = ttid"
         ):
@@ -332,20 +334,32 @@ class SQLBackend(SQLMaintenance):
                 self.execute("UPDATE pack SET tid = ? WHERE tid = ?", (new, old))
         if not data_ids:
             return
-        # What replication brought is found again, or counted as replaced: the records
-        # of the transaction are surely complete.
-        replaced = []
-        inserted = self.change(self.INSERT_IGNORE + self.UNLOCK_OBJ, (new, old))
-        if inserted != len(data_ids):
-            for partition, oid, _, before, data_id, value_tid in self.fetch(
-                self.UNLOCK_CONFLICTS, (new, old)
-            ):
-                if before != data_id:
-                    replaced.append(before)
-                self.execute(self.UPDATE_OBJ, (data_id, value_tid, partition, oid, new))
+        replaced: list[int | None] = []
+        if new > self._replicated and old not in self._recovered:
+            # It is a new tid: nobody brought its records before. No need to count.
+            self.execute("INSERT" + self.UNLOCK_OBJ, (new, old))
+        elif self.change(self.INSERT_IGNORE + self.UNLOCK_OBJ, (new, old)) != len(
+            data_ids
+        ):
+            replaced = self._replace_replicated(old, new)
         self.execute("DELETE FROM tobj WHERE tid = ?", (old,))
         self._unrefer(data_ids)
         self._prune(replaced)
+
+    def _replace_replicated(self, old: int, new: int) -> list[int | None]:
+        """Put the records of a transaction where replication brought others.
+
+        Those of the transaction are surely complete. Returns the data ids that were
+        replaced.
+        """
+        replaced = []
+        for partition, oid, _, before, data_id, value_tid in self.fetch(
+            self.UNLOCK_CONFLICTS, (new, old)
+        ):
+            if before != data_id:
+                replaced.append(before)
+            self.execute(self.UPDATE_OBJ, (data_id, value_tid, partition, oid, new))
+        return replaced
 
     def validate(self, ttid: Tid, tid: Tid) -> None:
         self.unlock(ttid, tid)  # which needs no lock within one SQL transaction

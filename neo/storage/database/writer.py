@@ -43,6 +43,7 @@ class SQLWriter(SQLReader):
         self._references: dict[int, int] = {}  # data id -> uses that aren't committed
         self._spilled: dict[int, int] = {}  # data id -> uses
         self._marks: dict[int, int] = {}  # first data id of a range -> lowest spilled
+        self._replicated = 0  # greatest tid of the records that replication brought
         self._next_data_id: dict[int, int] = {}  # by first data id of the partition
 
     # --- what a database brings -------------------------------------------------
