@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha1
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ OIDS_LOW = 25  # ask the next block when no more are left
 WINDOW = 128
 # Between two rounds over the storages that have an object, when all failed.
 READ_PAUSE = 0.05
+# Data that are worth to be decompressed while other threads use the client (bytes).
+BIG = 1 << 16
 WARN_AFTER = 5.0
 WARN_AGAIN = 60.0
 
@@ -944,13 +947,15 @@ class ClientApp:
             _, serial, _, compression, checksum, data, _ = answer
             if compression is None:
                 return True
-            text = "wrong checksum"
-            if sha1(data).digest() == checksum:
-                try:
-                    good.append(decompress(compression, data))
-                    return True
-                except ValueError as error:
-                    text = str(error)
+            try:
+                if len(data) < BIG:
+                    good.append(unpack(compression, checksum, data))
+                else:
+                    job = partial(unpack, compression, checksum, data)
+                    good.append(self.runtime.unlocked(job))
+                return True
+            except ValueError as error:
+                text = str(error)
             self.log.error(
                 "oid %s, tid %s: %s at storage %s",
                 oid.hex(),
@@ -1145,6 +1150,13 @@ class ClientApp:
             assert not conn.closed, (nid, conn)
         self.nm.check()
         self.pt.check()
+
+
+def unpack(compression: int, checksum: bytes, data: bytes) -> bytes:
+    """What was stored as `data`; ValueError if it is damaged."""
+    if sha1(data).digest() != checksum:
+        raise ValueError("wrong checksum")
+    return decompress(compression, data)
 
 
 def not_found(oid: bytes, refusal: Refusal) -> NEOStorageError:

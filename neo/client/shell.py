@@ -340,6 +340,13 @@ class ShellRuntime:
     def thread(self) -> int:
         return threading.get_ident()
 
+    def unlocked(self, job: Callable[[], T]) -> T:
+        self.__exit__(None, None, None)
+        try:
+            return job()
+        finally:
+            self._lock.acquire()
+
     def wait(
         self,
         condition: Callable[[], object],

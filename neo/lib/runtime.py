@@ -98,6 +98,9 @@ class ClientRuntime(Runtime, Protocol):
     def thread(self) -> Hashable:
         """What tells the calling thread from others."""
 
+    def unlocked(self, job: Callable[[], T]) -> T:
+        """Do what takes long, and knows nothing of the client, without its lock."""
+
     def wait(
         self,
         condition: Callable[[], object],
@@ -107,8 +110,8 @@ class ClientRuntime(Runtime, Protocol):
         """Let the world go on until `condition()`; false if `timeout` (s) came first.
 
         `connections` are those on which answers are expected: the calling thread reads
-        them itself where nobody else does. The only place where the lock of the client
-        is released.
+        them itself where nobody else does. The lock of the client is released here and
+        in `unlocked`, nowhere else.
         """
 
 

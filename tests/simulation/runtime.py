@@ -199,6 +199,11 @@ class SimRuntime:
     def thread(self) -> greenlet:
         return getcurrent()
 
+    def unlocked(self, job: Callable[[], T]) -> T:
+        # Others may run meanwhile.
+        self.process.sleep(self.sim.rng("order").random() * 1e-3)
+        return job()
+
     def wait(
         self,
         condition: Callable[[], object],

@@ -12,7 +12,7 @@ import pytest
 from ZODB.POSException import ReadConflictError
 
 from neo.client import transactions
-from neo.client.app import ClientApp, ClientOptions
+from neo.client.app import BIG, ClientApp, ClientOptions
 from neo.client.exception import (
     NEOStorageDoesNotExistError,
     NEOStorageTransientError,
@@ -129,6 +129,9 @@ class Fake:
 
     def thread(self) -> int:
         return 0
+
+    def unlocked(self, job: Callable[[], Any]) -> Any:
+        return job()
 
     def turn(self) -> bool:
         """Let one thing happen; false if nothing can."""
@@ -279,6 +282,30 @@ def test_invalidation_during_load(world: Fake, app: ClientApp) -> None:
     assert app.db.calls == [(p64(103), [OID])]
     assert app.cache.load(OID, p64(103)) == (b"x", p64(90), p64(103))
     assert app.cache.load(OID) is None
+
+
+def test_events_while_big_data_are_unpacked(world: Fake, app: ClientApp) -> None:
+    """Others use the client meanwhile: an invalidation, then a loss of the master."""
+    value = b"x" * BIG
+    both(world, "AskObject", lambda *_: [data(90, value)])
+
+    def invalidated(job: Callable[[], Any]) -> Any:
+        world.transports[MASTER].say("InvalidateObjects", p64(105), [OID])
+        return job()
+
+    world.unlocked = invalidated  # type: ignore[method-assign]
+    assert app.load(OID) == (value, p64(90), p64(105))
+    assert app.cache.load(OID, p64(200)) is None
+    assert app.cache.load(OID, p64(100)) is not None
+
+    def lost(job: Callable[[], Any]) -> Any:
+        world.transports[MASTER].conn.lost("closed by the test")
+        return job()
+
+    world.unlocked = lost  # type: ignore[method-assign]
+    app.cache.clear()
+    assert app.load(OID, p64(101))[0] == value
+    assert app.cache.load(OID, p64(100)) is None
 
 
 def test_late_invalidation(world: Fake, app: ClientApp) -> None:
