@@ -85,6 +85,7 @@ VOTE_TIMEOUT = 15.0
 # A storage that failed is asked last for so long.
 FAILURE_MEMORY = 600.0
 OIDS_BLOCK = 100
+RANGES_MAX = 100  # of oids that former primaries gave
 OIDS_LOW = 25  # ask the next block when no more are left
 # Reads that are sent before the first answer is awaited.
 WINDOW = 128
@@ -409,6 +410,10 @@ class ClientApp:
         self.ahead = Ahead(self)
         self.turns = Turns(runtime)
         self._oids: deque[bytes] = deque()
+        # Ranges, both ends included: of oids that this session's master gave, and
+        # former ones.
+        self._given_oids: list[tuple[bytes, bytes]] = []
+        self._former_oids: list[tuple[bytes, bytes]] = []
         self._oids_asked = False
         self._started = False
         self._refusal: tuple[int, str] | None = None
@@ -486,6 +491,8 @@ class ClientApp:
         self._aborts.clear()
         self._oids.clear()
         self._oids_asked = False
+        self._former_oids = (self._former_oids + self._given_oids)[-RANGES_MAX:]
+        self._given_oids.clear()
         for link in list(self.links.values()):
             link.close("the primary master is lost")
             # No failure of the storage: nothing to space.
@@ -621,12 +628,25 @@ class ClientApp:
 
         def done(oids: Sequence[bytes]) -> None:
             self._oids_asked = False
+            given = self._given_oids
+            if given and oids and add64(given[-1][1], 1) == oids[0]:
+                given[-1] = given[-1][0], oids[-1]
+            elif oids:
+                given.append((oids[0], oids[-1]))
+            if self._former_oids:
+                oids = [oid for oid in oids if not self.is_former(oid)]
             self._oids.extend(oids)
 
         def failed(code: int | None, text: str) -> None:
             self._oids_asked = False
 
         self.master.ask(AskNewOIDs, OIDS_BLOCK).then(done, failed)
+
+    def is_former(self, oid: bytes) -> bool:
+        """Whether a former primary gave this oid, which its successor gives again,
+        maybe to somebody else: it knows those that are committed only.
+        """
+        return any(first <= oid <= last for first, last in self._former_oids)
 
     def final_tid(self, ttid: bytes, timeout: float | None) -> bytes | None:
         """What the master says of an unfinished transaction; Refusal or LookupError

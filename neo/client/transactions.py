@@ -242,6 +242,11 @@ class Transaction:
     ) -> None:
         """Send data (None: deletion) to all cells. Answers come later."""
         size = self._size(oid, record)
+        if serial == ZERO_TID and self.app.is_former(oid):
+            raise NEOStorageTransientError(
+                f"oid {oid.hex()} was given by a former primary master: perhaps it is "
+                "somebody else's now"
+            )
         version = Version(oid, serial, data, size, data_serial)
         version.deleted = deleted
         if not self.oids and self.app.turns.store(oid):

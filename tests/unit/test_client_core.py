@@ -406,6 +406,27 @@ def test_conflict_is_reported_once(world: Fake, app: ClientApp) -> None:
     assert txn.resolved_oids() == [OID]
 
 
+def test_oids_of_a_former_master(world: Fake, app: ClientApp) -> None:
+    """Its successor may give them again: they are not used any more."""
+    blocks = [range(1, 101), range(101, 201), range(51, 151), range(151, 251)]
+    world.script[1, "AskNewOIDs"] = lambda *_: [
+        ("AnswerNewOIDs", [p64(n) for n in blocks.pop(0)])
+    ]
+    oids = [app.new_oid() for _ in range(80)]
+    assert oids == [p64(n) for n in range(1, 81)]
+    txn = begin(app)
+    txn.store(oids[0], ZERO_TID, b"", transactions.NO_DATA)
+    txn.abort()
+    world.transports[MASTER].conn.lost("closed by the test")
+    assert app.new_oid() == p64(201)
+    txn = begin(app)
+    with pytest.raises(NEOStorageTransientError, match="somebody else"):
+        txn.store(oids[1], ZERO_TID, b"", transactions.NO_DATA)
+    txn.store(oids[1], p64(90), b"", transactions.NO_DATA)  # committed long ago
+    txn.store(p64(201), ZERO_TID, b"", transactions.NO_DATA)
+    txn.abort()
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_conflict_before_its_invalidation(
     world: Fake, app: ClientApp, is_late: bool
