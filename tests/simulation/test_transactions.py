@@ -403,16 +403,21 @@ def test_master_link_breaks_after_the_commit(applied: bool) -> None:
         primary = scene.cluster.primary
         assert primary is not None
         commit.start(commit.finish)
-        scene.sim.run_until(lambda: locked_at(scene, "s0"))
+        involved = [
+            name
+            for name in scene.cluster.storages
+            if scene.sim.app(name).operation.transactions.by_ttid
+        ]
+        scene.sim.run_until(lambda: all(locked_at(scene, name) for name in involved))
         for name in scene.cluster.storages:
             scene.sim.clog("m0", name)
         scene.sim.run(0.2)
         assert not primary.transactions.queue
-        assert locked_at(scene, "s0")
+        assert all(locked_at(scene, name) for name in involved)
     else:
         commit.start(commit.finish)
         scene.sim.run(0.5)
-        assert not locked_at(scene, "s0")
+        assert not any(locked_at(scene, name) for name in scene.cluster.storages)
     scene.sim.reset("c0", "m0")
     scene.sim.unclog("m0", "c0")
     if not applied:
