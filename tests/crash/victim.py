@@ -115,15 +115,15 @@ class Victim:
             else:
                 raise AssertionError("done, on a broken disk")
 
-    def relive(self) -> None:
-        """For each n, the n-th sync fails once; the script goes on after a restart.
+    def relive(self, stride: int) -> None:
+        """For some n, the n-th sync fails once; the script goes on after a restart.
 
         Each in a database of its own, whose name ends with n; then power is lost.
         """
-        database, n, failed = self.database, 0, True
+        database, n, failed = self.database, 1 - stride, True
         expected = states()
         while failed:
-            n += 1
+            n += stride
             self.database = database.replace("db", f"db{n}")
             self.control.arm(n, errno.EIO, SYNC)
             done = max(forked(lambda: self.try_all(close=False)) - 1, 0)
