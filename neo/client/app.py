@@ -2,7 +2,7 @@
 
 Knows no thread, socket or clock: it blocks in `runtime.wait()` alone. The caller holds
 the lock of the Runtime (neo/client/shell.py) whenever it calls a method here, and
-`wait()` releases it. Packets are handled under the same lock.
+`wait()` releases it (so does `unlocked()`). Packets are handled under the same lock.
 
 States of a client: searching (Bootstrap), synchronising (accepted, AskLastTransaction
 sent), ready. `session` counts the masters' acceptances. Losing the master ends the
