@@ -28,6 +28,7 @@ from neo.lib.protocol import (
     SetNodeState,
     TweakPartitionTable,
 )
+from neo.lib.pt import PartitionTable
 from neo.lib.util import Address, u64
 from neo.master.app import Master, MasterOptions
 from neo.storage.app import StorageNode, StorageOptions
@@ -270,6 +271,13 @@ class Cluster:
         self.truncating = False  # may be: transactions are lost
         # Identities of storages whose disk is lost, until they are removed.
         self.lost: dict[int, None] = {}
+        # What clients were told, of which nothing may be lost: (tid, oids).
+        self.acknowledged: list[tuple[bytes, list[bytes]]] = []
+        self._readable: dict[tuple[int, int], None] = {}  # cells that were checked
+        self._ptids: dict[str, int | None] = {}  # of masters
+        self._tables: dict[int | None, list[tuple[int, int]]] = {}  # readable cells
+        # What each client has, and since when.
+        self._client_ptids: dict[str, tuple[int | None, float]] = {}
         sim.invariants.append(self.check)
 
     # --- nodes ------------------------------------------------------------------------
@@ -464,11 +472,14 @@ class Cluster:
 
     def check(self) -> None:
         """Hold after every event, besides what each node checks."""
+        self._check_new_cells()
         for name in self.clients:
             process = self.process(name)
             if process.app is None:
                 continue
             core = process.app.storage._core
+            if core.pt.ptid != self._client_ptids.get(name, (None, 0))[0]:
+                self._client_ptids[name] = core.pt.ptid, self.sim.time
             tid = core.last_tid
             incarnation, previous = self.last_tids.get(name, (0, b""))
             if incarnation == process.incarnation and not self.truncating:
@@ -485,18 +496,48 @@ class Cluster:
         promise P7.
         """
         pt = storage._core.pt
-        np = pt.np
-        if not np or self.truncating:  # no table: the primary was lost right after
+        if not pt.np or self.truncating:  # no table: the primary was lost right after
             return
-        names = {
-            disk.nid: name
+        oids = list(oids)
+        self.acknowledged.append((tid, oids))
+        self._check_disks(pt, tid, oids)
+        name = storage._core.runtime.process.name
+        if len(self.masters) == 1 or self._client_ptids[name][1] > self.sim.time - 1e-3:
+            return  # the table may have come after the answer, before its thread runs
+        # Another master must not start with an older table, where more is readable.
+        now = set(_readable(pt))
+        for name, disk in self._disks(pt.readable_nids()):
+            late = set(self._tables.get(disk.ptid, ())) - now
+            if late and (disk.ptid or 0) < (pt.ptid or 0):
+                raise self.sim.failure(
+                    f"P7: {tid.hex()} was acknowledged, but (partition, nid)"
+                    f" {sorted(late)} are still readable on the disk of {name}"
+                )
+
+    def _disks(self, nids: Iterable[int]) -> list[tuple[str, Disk]]:
+        """Disks of these storages, of which some may be lost."""
+        by_nid = {
+            disk.nid: (name, disk)
             for name, disk in self.disks.items()
             if disk.ptid is not None  # else its nid is a wish
         }
+        return [by_nid[nid] for nid in nids if nid not in self.lost]
 
-        def cells(partition: int) -> list[str]:
+    def _check_disks(
+        self,
+        pt: PartitionTable,
+        tid: bytes,
+        oids: Iterable[bytes],
+        only: tuple[int, int] | None = None,
+    ) -> None:
+        """Is a transaction on all disks concerned? `only`: on that (partition, nid)."""
+        np = pt.np
+
+        def disks(partition: int) -> list[tuple[str, Disk]]:
             nids = pt.readable[partition]
-            return [names[nid] for nid in nids if nid not in self.lost]
+            if only is not None and partition == only[0]:
+                nids = only[1:]
+            return self._disks(nids)
 
         def fail(partition: int, name: str, lack: str) -> SimulationFailed:
             return self.sim.failure(
@@ -504,16 +545,46 @@ class Cluster:
                 f" disk of {name} lacks its {lack}"
             )
 
-        partition, ttid = u64(tid) % np, None
-        for name in cells(partition):
-            ttid = self.disks[name].ttid_of(partition, tid)
-            if ttid is None:
+        partition, ttid = u64(tid) % np, 0
+        for name, disk in disks(partition):
+            found = disk.ttid_of(partition, tid)
+            if found is None:
                 raise fail(partition, name, "metadata")
+            ttid = found
         for oid in oids:
             partition = u64(oid) % np
-            for name in cells(partition):
-                if not self.disks[name].has_object(partition, oid, tid, ttid or 0):
+            if only is not None and partition != only[0]:
+                continue
+            for name, disk in disks(partition):
+                if not disk.has_object(partition, oid, tid, ttid):
                     raise fail(partition, name, f"object {oid.hex()}")
+
+    def _check_new_cells(self) -> None:
+        """Cells that became readable have, durably, all that was acknowledged."""
+        ptids = {
+            name: app.pt.ptid
+            for name in self.masters
+            if (app := self.process(name).app) is not None
+        }
+        if ptids == self._ptids:
+            return
+        self._ptids = ptids
+        for name, ptid in ptids.items():
+            if ptid is not None:
+                self._tables[ptid] = _readable(self.process(name).app.pt)
+        primary = self.primary
+        if primary is None or not self.running or self.truncating:
+            return
+        pt = primary.pt
+        if any((disk.ptid or 0) > (pt.ptid or 0) for disk in self.disks.values()):
+            return  # another one was primary since
+        before, self._readable = self._readable, {}
+        for cell in _readable(pt):
+            self._readable[cell] = None
+            if cell not in before and cell[1] not in self.lost:
+                self.sim.sometimes("a cell becomes readable")
+                for tid, oids in self.acknowledged:
+                    self._check_disks(pt, tid, oids, cell)
 
     def replicas(self) -> dict[str, dict[Any, Any]]:
         """Content of each readable cell: for `tests.history.check`."""
@@ -546,6 +617,11 @@ class Cluster:
             if count:
                 result[name] = count
         return result
+
+
+def _readable(pt: PartitionTable) -> list[tuple[int, int]]:
+    """Readable cells: (partition, nid)."""
+    return [(p, nid) for p, nids in enumerate(pt.readable) for nid in nids]
 
 
 def read_cell(backend: MemoryBackend, partition: int, content: dict[Any, Any]) -> None:

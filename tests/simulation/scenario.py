@@ -26,6 +26,12 @@ LIVENESS = 120.0  # seconds that everything may take to recover
 CALM = 0.5  # seconds between two transactions of a thread, meanwhile
 QUIET = 5.0  # seconds after which nothing is left to do
 
+# Faults after which a client may do nothing for long while others wait for it.
+STALLS = {
+    "pause", "clog", "silence", "isolate", "partition", "swizzle", "refuse", "damage",
+    "slow-disk", "power", "crash-all", "lost-disk",
+}  # fmt: skip
+
 # Constants of modules that a run may have small, so that what is rare with the usual
 # values (several chunks, values that are spilled, full queues) is usual.
 TUNABLES: dict[str, tuple[int | float, ...]] = {
@@ -241,6 +247,7 @@ class Run:
             sim.run(70)
             sim.run_until(lambda: cluster.healthy, LIVENESS)
             cluster.truncating = False
+            cluster.acknowledged.clear()
             tokens.truncated()
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
@@ -252,6 +259,9 @@ class Run:
 
     def audit(self) -> None:
         """Compare all that was seen with all that is there."""
+        ended = self.sim.marks.get("lease ended", 0)
+        if ended and not set(self.options.kinds) & STALLS:
+            raise self.sim.failure(f"{ended} leases ended, of no client that stalls")
         for attempt in self.tokens.attempts:
             self.sim.sometimes(f"attempt {attempt.outcome} {attempt.error}".strip())
             if attempt.resolved:

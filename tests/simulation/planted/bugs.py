@@ -177,9 +177,9 @@ BUGS = (
     # --- failures of storages ---
     Bug(
         "failed votes are always accepted",
-        f"{MASTER}._arbitrate",
-        "if not self.master.operational_without(failed):",
-        "if False:",
+        "neo.master.app:Master.operational_without",
+        "return self.pt.operational({n: None for n in running if n not in nids})",
+        "return True",
     ),
     Bug(
         "storages where writes failed stay up to date",
