@@ -565,3 +565,32 @@ def test_a_truncation_that_one_storage_missed(joins: str) -> None:
         restart("s0", "s1", "s2")
     assert world.sim.app("s1").backend.settings().truncate_tid is None
     world.audit()
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_storage_returns_to_a_former_primary(reset: bool) -> None:
+    """It has all data, but another master runs the cluster with the others."""
+    world = world_of(replace(QUIET, replicas=2))
+    old = primary_of(world)
+    new = next(name for name in world.cluster.masters if name != old)
+    rest = [*world.cluster.storages, *world.cluster.clients, new]
+    if reset:
+        for name in rest:
+            world.sim.link(name, old).refused = world.sim.link(old, name).refused = True
+            world.sim.reset(old, name)
+        world.sim.run(0.1)
+    world.sim.partition([old], rest)
+    world.sim.run(20)
+    assert running_masters(world) == [new]
+    world.sim.partition(["s2"], [name for name in rest if name != "s2"])
+    for link in ("s2", old), (old, "s2"):
+        world.sim.unclog(*link)
+        world.sim.link(*link).refused = False
+    world.sim.run_until(lambda: len(world.sim.app(old).nodes.running()) == 0, 5)
+    for _ in range(20):
+        world.sim.run(2)
+        assert running_masters(world) == [new]
+    assert world.sim.app(old).nodes.by_nid(world.sim.app("s2").nid).connection
+    world.sim.heal()
+    world.commits(10)
+    world.audit()
