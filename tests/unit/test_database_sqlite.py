@@ -409,7 +409,7 @@ def test_damaged_file_is_a_backend_error(tmp_path: Path) -> None:
     with path.open("r+b") as f:
         f.seek(4096 * 20)
         f.write(noise(size - 4096 * 20))
-    with pytest.raises(BackendError, match="SQLite database .*db: "):  # noqa: PT012  # where, varies
+    with pytest.raises(BackendError, match=r"SQLite database .*db: "):  # noqa: PT012  # where, varies
         db = SQLiteBackend(str(path))
         for tid in range(100, 200):
             db.load(ZERO_OID, at=p64(tid))
