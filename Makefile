@@ -55,7 +55,7 @@ run: $(VENV)/.run
 
 test: $(VENV)/.test
 	@sh tests/install_mariadb.sh $(BIN)/python
-	$(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
+	NEO_RUNS=$(SEEDS) $(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-SEEDS = int(os.environ.get("NEO_SEEDS", 300))
+# Of random runs; NEO_SEEDS is for all simulations, those of ZODB's suites too.
+SEEDS = int(os.environ.get("NEO_RUNS") or os.environ.get("NEO_SEEDS") or 100)
 KEPT = Path(__file__).with_name("seeds.txt")
 # What all runs of this process reached: see `Simulation.sometimes`.
 MARKS: Counter[str] = Counter()

@@ -99,7 +99,7 @@ class Options:
             kinds,
             every=rng.choice([0.2, 0.5, 1, 3, 6]),
             longest=rng.choice([0.1, 0.3, 1]),
-            commits=rng.choice([50, 100, 200]),
+            commits=rng.choice([30, 80, 150]),
             think=rng.choice([0.01, 0.1, 0.5]),
             latency=rng.choice([(0.0002, 0.002), (0.0002, 0.05), (0.02, 0.2)]),
             cut=rng.choice([0, 0.1, 0.5]),

@@ -276,9 +276,9 @@ BUGS = (
     ),
     Bug(
         "a lost answer to finish is taken for an abort",
-        f"{COMMIT}.finish",
-        "tid = self._recover(answer.text)",
-        "raise NEOStorageTransientError('lost')",
+        f"{COMMIT}._recover",
+        "    app = self.app\n",
+        "    raise NEOStorageTransientError('lost')\n",
     ),
     Bug(
         "the final tid of what is being committed is unknown",
