@@ -589,6 +589,4 @@ def test_link_that_breaks_often(pair: tuple[str, str]) -> None:
     assert {a.outcome for a in tokens.attempts} <= {OK, CONFLICT, FAIL, READ}
     scene.audit()
     replicas = scene.cluster.replicas()
-    scene.do(
-        tokens.check, scene.cluster.storage(), replicas, transactions_of(replicas)
-    )
+    scene.do(tokens.check, scene.cluster.storage(), replicas, transactions_of(replicas))
