@@ -39,9 +39,14 @@ def test_101_102_reads_of_what_is_locked() -> None:
     first = scene.commit("first")
     first.run(first.store(X), first.vote).start(first.finish)
     names = scene.cluster.storages
-    scene.sim.run_until(lambda: any(locked_at(scene, name) for name in names))
+
+    def all_locked() -> bool:
+        having = [n for n in names if scene.sim.app(n).operation.transactions.by_ttid]
+        return bool(having) and all(locked_at(scene, name) for name in having)
+
+    scene.sim.run_until(all_locked)
     for name in names:
-        scene.sim.clog("m0", name)  # locked, the unlock is late
+        scene.sim.clog("m0", name)  # the unlock is late
     assert first.wait(5) == "ok"
     storage = scene.cluster.storage("c1")
     reads = in_thread(scene, "c1", lambda: (storage.sync(), storage.load(X))[1])
@@ -194,6 +199,7 @@ def test_14_112_another_client_took_the_id() -> None:
 def test_113_all_replicas_are_damaged() -> None:
     """The error names the object; who asks for it gets the bytes as they are."""
     scene = Scene(REPLICATED)
+    scene.sim.run(2)
     for name in scene.cluster.storages:
         backend = scene.sim.app(name).backend
         backend.begin(True)
@@ -216,6 +222,7 @@ def test_113_all_replicas_are_damaged() -> None:
 def test_113_ignore_wrong_checksum() -> None:
     """What is stored is returned."""
     scene = Scene(REPLICATED, options={"ignore_wrong_checksum": True})
+    scene.sim.run(2)
     for name in scene.cluster.storages:
         backend = scene.sim.app(name).backend
         backend.begin(True)
