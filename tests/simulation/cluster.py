@@ -564,7 +564,7 @@ class Cluster:
         ptids = {
             name: app.pt.ptid
             for name in self.masters
-            if (app := self.process(name).app) is not None
+            if isinstance(app := self.process(name).app, Master)
         }
         if ptids == self._ptids:
             return

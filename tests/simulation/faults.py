@@ -191,7 +191,8 @@ class Faults:
     def _slow_disk(self) -> None:
         process = self.cluster.process(self.rng.choice(self.cluster.storages))
         self._note(f"slow disk of {process.name}")
-        process.disk_latency = self.sim.disk_latency * self.rng.choice([10, 100, 1000])
+        factor = self.rng.choice([10, 100, 1000])
+        process.disk_latency = min(5.0, self.sim.disk_latency * factor)
 
         def undo() -> None:
             process.disk_latency = self.sim.disk_latency

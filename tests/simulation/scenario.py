@@ -35,8 +35,8 @@ STALLS = {
 # Constants of modules that a run may have small, so that what is rare with the usual
 # values (several chunks, values that are spilled, full queues) is usual.
 TUNABLES: dict[str, tuple[int | float, ...]] = {
-    "neo.storage.replication:CHUNK": (1, 3, 10),
-    "neo.storage.replication:PIECE": (1, 5),
+    "neo.storage.replication:CHUNK": (2, 5, 50),
+    "neo.storage.replication:PIECE": (2, 10),
     "neo.storage.replication:WAITING_SIZE": (0, 500),
     "neo.storage.replication:SESSIONS_MAX": (1, 12),
     "neo.storage.transactions:MEMORY_OF_TRANSACTION": (10, 200),
@@ -103,7 +103,7 @@ class Options:
             think=rng.choice([0.01, 0.1, 0.5]),
             latency=rng.choice([(0.0002, 0.002), (0.0002, 0.05), (0.02, 0.2)]),
             cut=rng.choice([0, 0.1, 0.5]),
-            disk_latency=rng.choice([0.0001, 0.002, 0.02]),
+            disk_latency=rng.choice([0.0001, 0.002, 0.01]),
             buggify=rng.choice([0, 0.5]),
             skew=rng.choice([0, 1, 3600]),
             padding=sim.rng("padding").choice([0, 0, 0, 1000, 20_000, 300_000]),

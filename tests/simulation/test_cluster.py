@@ -270,7 +270,7 @@ def test_empty_storages_with_one_nid(is_running: bool) -> None:
         backend.set_nid(1)
         backend.commit()
     if is_running:
-        cluster.shape.storages = 1
+        cluster.autostart = 1
         cluster.start("m0", "s0")
         sim.run_until(lambda: cluster.running, 20)
         cluster.start("s1")
