@@ -96,7 +96,7 @@ def test_adapter(tmp_path: Path) -> None:
     assert db.dedup
     assert db.device == tmp_path.stat().st_dev
     db.close()
-    with pytest.raises(ConfigurationError, match="expected SQLite"):
+    with pytest.raises(ConfigurationError, match="not available"):
         open_backend("Oracle", "")
 
 
