@@ -281,10 +281,10 @@ BUGS = (
         "    raise NEOStorageTransientError('lost')\n",
     ),
     Bug(
-        "the final tid of what is being committed is unknown",
+        "the master takes what it has forgotten for aborted",
         f"{MASTER}.final_tid",
-        "if transaction is not None:",
-        "if transaction is not None and not transaction.tid:",
+        "None if ttid > self.greatest else MAX_TID",
+        "None",
     ),
     Bug(
         "a commit is not told to the other clients",
