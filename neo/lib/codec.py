@@ -64,6 +64,11 @@ class Decoder:
             **_OPTIONS,
         )
 
+    @property
+    def incomplete(self) -> int:
+        """Bytes received of a message that is not complete."""
+        return self._size - self._start
+
     def feed(self, data: bytes) -> Iterable[Message]:
         """The messages that `data` completes; iterating may raise Malformed."""
         if self._alone and not self._size and len(data) <= _ALONE_MAX:

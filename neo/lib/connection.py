@@ -39,6 +39,8 @@ P = ParamSpec("P")
 # Bytes that one peer may cost: before it is identified, and then.
 INPUT_LIMIT_UNKNOWN = 1 << 16
 LIMIT = 256 << 20
+# Bytes per second of a message that is worth waiting for.
+SLOWEST = 1 << 16
 
 _ERROR = Error.code
 _CLOSING = Closing()
@@ -300,12 +302,41 @@ class Connection:
     ) -> None:
         """Close the connection if the peer sends no byte for `limit` seconds.
 
+        Nor if it sends only what nobody asked for: after a damaged byte, the rest of
+        the stream may be one endless message for the decoder of either side, whatever
+        passes in the other direction. So a request that stays the first one is followed
+        by a Ping, whose answer must come.
+
         A Ping goes out after `ping_after`. `only_if_owed`: only while an answer is due.
         `allowed` is asked before closing; if not, again later. `unless`: while this is
         true, no Ping may be sent, and silence is normal. The time during which this
         process itself did not run (paused, or starved) does not count.
         """
         due = self.runtime.monotonic() + ping_after
+        first: Request | None = None  # that waits for its answer
+        pinged: tuple[float, int] | None = None  # when, bytes of a message before
+
+        def pong() -> None:
+            nonlocal pinged
+            pinged = None
+
+        def deafness(now: float, late: float) -> float:
+            """Seconds for which the peer answered nothing, though it was asked."""
+            nonlocal first, pinged
+            request = next(iter(self._pending.values()), None)
+            if request is not first or request is None or unless():
+                first, pinged = request, None
+                return 0.0
+            size = self._decoder.incomplete
+            if pinged is None:
+                self.ask(Ping).then(pong)
+            else:
+                start, before = pinged[0] + late, pinged[1]
+                if size - before <= SLOWEST * (now - start):
+                    pinged = start, before
+                    return ping_after + now - start
+            pinged = now, size  # also if a large message takes its time
+            return 0.0
 
         def tick() -> None:
             nonlocal due
@@ -313,12 +344,14 @@ class Connection:
                 return
             now = self.runtime.monotonic()
             # What came meanwhile is perhaps not read yet.
-            self.last_received += now - due
+            late = now - due
+            self.last_received += late
             if (only_if_owed and not self._pending) or unless():
                 self.last_received = now  # silence counts from here, if one gets due
             silence = now - self.last_received
-            if silence >= limit and allowed():
-                self.log.warning("%s: silent for %.0f s: closed", self, silence)
+            silent = max(silence, deafness(now, late))
+            if silent >= limit and allowed():
+                self.log.warning("%s: silent for %.0f s: closed", self, silent)
                 self.close("silent")
                 return
             if ping_after <= silence < limit:

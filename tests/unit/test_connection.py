@@ -576,6 +576,46 @@ def test_peer_that_speaks_is_kept() -> None:
     assert conn.pending == 0
 
 
+@pytest.mark.parametrize("only_if_owed", [False, True])
+def test_who_speaks_without_answering(only_if_owed: bool) -> None:
+    """A damaged byte hides all that we say: what it tells everybody is no answer."""
+    runtime, conn = watched(only_if_owed)
+    conn.ask(AskNewOIDs, 1)
+    for _ in range(15):
+        if not conn.closed:
+            feed(conn, 0, Ping)
+            runtime.advance(1)
+    assert conn.closed
+
+
+def test_answer_that_takes_long() -> None:
+    """It may, as long as a Ping is answered."""
+    runtime, conn = watched()
+    conn.ask(AskNewOIDs, 1)
+    messages(conn)
+    for _ in range(50):
+        runtime.advance(1)
+        for msg_id, code, _ in messages(conn):
+            assert code == Ping.code
+            feed(conn, msg_id, Pong)
+    assert not conn.closed
+    assert conn.pending == 1
+
+
+@pytest.mark.parametrize("rate", [1000, 1 << 20])
+def test_large_message(rate: int) -> None:
+    """Nothing can be answered before its end."""
+    runtime, conn = watched()
+    conn.trust()
+    conn.ask(AskNewOIDs, 1)
+    conn.receive(b"\x93\x00\x01\x91\xc6\x0f\xff\xff\xff")
+    for _ in range(20):
+        if not conn.closed:
+            conn.receive(bytes(rate))
+            runtime.advance(1)
+    assert conn.closed == (rate == 1000)
+
+
 def test_silence_of_who_owes_nothing() -> None:
     runtime, conn = watched(only_if_owed=True)
     runtime.advance(100)
