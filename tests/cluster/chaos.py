@@ -11,6 +11,7 @@ All times are CLOCK_MONOTONIC, which all processes of a machine share.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import logging
@@ -50,7 +51,7 @@ QUICK = {"ping_after": 1.0, "silence_limit": 3.0, "lock_timeout": 5.0, "lease": 
 FULL = "NEO_CHAOS" in os.environ
 LIMITS = None if FULL else QUICK
 # Seconds until silence is noticed, with a little for the work that follows.
-NOTICED = 15.0 if FULL else 7.0
+NOTICED = 16.0 if FULL else 7.0
 # Steps of a commit at which a client can be stopped.
 BEGUN, STORED, VOTED, FINISHING = "begun", "stored", "voted", "finishing"
 
@@ -162,6 +163,7 @@ def run_client(options: dict[str, Any]) -> None:
         stopping.set()
 
     signal.signal(signal.SIGTERM, stop)
+    faulthandler.register(signal.SIGUSR1, open(options["stderr"], "a"))  # noqa: SIM115
     journal = Journal(options["journal"])
     try:
         _work(options, journal, stopping)
@@ -406,8 +408,11 @@ class World(Cluster):
     def _cells(self) -> int:
         return self.partitions * (1 + self.replicas)
 
-    def wait_healthy(self, timeout: float = PATIENCE) -> float:
-        """Wait until `healthy`; how long it took."""
+    def wait_healthy(self, timeout: float = 3 * PATIENCE) -> float:
+        """Wait until `healthy`; how long it took.
+
+        A storage that clients can't reach may have to stay away for a minute.
+        """
         start = time.monotonic()
         while not self.healthy:
             if time.monotonic() > start + timeout:
@@ -497,7 +502,13 @@ class World(Cluster):
         process.terminate()
         process.join(PATIENCE)
         self.read()
-        assert process.exitcode == 0, (name, process.exitcode)
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGUSR1)  # where is it?
+            time.sleep(0.5)
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, f"{name}: {self.said(name)}"
 
     def stop_clients(self) -> None:
         """SIGTERM to all."""
@@ -506,7 +517,7 @@ class World(Cluster):
         for name in list(self.workers):
             self.stop_client(name)
 
-    def audit(self, patience: float = 2 * PATIENCE) -> dict[str, int]:
+    def audit(self, patience: float = 3 * PATIENCE) -> dict[str, int]:
         """Heal, restart, and compare all that was seen with all that is there.
 
         Return the attempts by outcome and error.

@@ -114,9 +114,11 @@ def test_16_unreachable_storage(tmp_path: Path) -> None:
             time.sleep(seconds)
             lost = world.said("storage1").count("connection to the primary master lost")
             net.heal()
+            if not FULL:  # another primary forgets that it must stay away for a minute
+                world.kill(world.primary)
         counts = world.audit()
     report(16, f"storage unreachable for {seconds} s", lost=lost, gap=m.gap, **counts)
-    assert lost <= 1 + seconds // 60
+    assert lost <= 2 + seconds // 60
     assert m.gap <= 5
 
 
@@ -200,14 +202,18 @@ def test_18_swizzle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("link", LINKS if FULL else ["client-storage"])
 def test_19_damage(tmp_path: Path, link: str) -> None:
-    """A bit of a packet's header is flipped: the connection ends."""
+    """A bit of a packet's frame or id is flipped: the connection ends.
+
+    Where one packet becomes another one that is right, only TLS helps.
+    """
     with World(tmp_path, network=True, limits=LIMITS) as world:
         net = network(world)
         gaps = []
         for i in times(4, 20):
             a, b = (getattr(world, name, name) for name in LINKS[link])
             with world.measured() as m:
-                net.damage(*((a, b), (b, a))[i % 2], after=i // 2 % 3)
+                net.damage(*((a, b), (b, a))[i % 2], after=i // 2 % 2)
+                world.neoctl("print", "ids")  # for the link of the admin
                 time.sleep(1)
             gaps.append(m.gap)
             world.wait_healthy()
