@@ -28,6 +28,7 @@ from neo.lib.node import nid_str
 from neo.lib.protocol import (
     FEATURE_EARLY_VOTE,
     MAX_TID,
+    MAX_TRANSACTION_OIDS,
     ZERO_HASH,
     ZERO_TID,
     AbortTransaction,
@@ -323,6 +324,10 @@ class Transaction:
         waiting: bool = True,
     ) -> None:
         assert not self.voting, "stored after the vote"
+        if len(self.oids) >= MAX_TRANSACTION_OIDS and version.oid not in self.oids:
+            raise NEOStorageError(
+                f"a transaction has at most {MAX_TRANSACTION_OIDS} objects"
+            )
         self.check_session()
         app = self.app
         partition = app.pt.partition_of(version.oid)

@@ -15,6 +15,7 @@ from neo.client import transactions
 from neo.client.app import BIG, ClientApp, ClientOptions
 from neo.client.exception import (
     NEOStorageDoesNotExistError,
+    NEOStorageError,
     NEOStorageTransientError,
     NEOStorageWrongChecksum,
 )
@@ -573,3 +574,16 @@ def test_master_lost_before_vote(world: Fake, app: ClientApp) -> None:
         txn.wait_stores()
     txn.abort()
     assert [name for _, name, _ in world.seen].count("AbortTransaction") == 0
+
+
+def test_too_many_objects(
+    world: Fake, app: ClientApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 78: refused before storages do, and for good."""
+    monkeypatch.setattr(transactions, "MAX_TRANSACTION_OIDS", 2)
+    txn = begin(app)
+    for oid in (1, 2, 2):
+        txn.store(p64(oid), ZERO_TID, b"x", (0, sha1(b"x").digest(), b"x"))
+    with pytest.raises(NEOStorageError, match="at most 2 objects"):
+        txn.store(p64(3), ZERO_TID, b"x", (0, sha1(b"x").digest(), b"x"))
+    txn.abort()
