@@ -9,11 +9,12 @@ import platform
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 from .limits import limits
 from .peers import BASELINE, PEERS
 from .report import losses, markdown, svg
-from .runner import measure, medians, ratios
+from .runner import Raw, measure, medians, ratios
 from .workloads import NAMES, NORMAL, QUICK
 
 HERE = Path(__file__).parent
@@ -21,6 +22,31 @@ STORED = HERE / "ratios.json"
 PLOT = HERE.parents[1] / "docs" / "performance.svg"
 ALLOWED = 0.25  # loss that `--check` tolerates
 PEER = "NEO"
+
+
+def describe() -> dict[str, Any]:
+    """The machine."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "limits": limits(),
+    }
+
+
+def joined(paths: list[Path]) -> tuple[dict[str, Any], dict[str, str], Raw]:
+    """Several outputs as if they were of one run, with the machine of the last one."""
+    raw: Raw = {}
+    absent: dict[str, str] = {}
+    for path in paths:
+        content = json.loads(path.read_text())
+        absent.update(content["absent"])
+        for workload, by_peer in content["raw"].items():
+            for peer, runs in by_peer.items():
+                raw.setdefault(workload, {}).setdefault(peer, []).extend(runs)
+    return content["machine"], absent, raw
 
 
 def main() -> int:
@@ -31,24 +57,20 @@ def main() -> int:
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     add("--workloads", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     add("--output", type=Path, help="write all figures as JSON")
+    add("--show", type=Path, nargs="+", help="of former runs instead of a new one")
     add("--plot", action="store_true", help=f"make {PLOT.name} anew")
     add("--store", action="store_true", help=f"make {STORED.name} anew")
     add("--check", action="store_true", help="fail if a stored ratio is lost")
     args = parser.parse_args()
     if args.store or args.check:
         args.peers = [BASELINE, PEER]
-    machine = {
-        "cpus": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "limits": limits(),
-    }
-    print(json.dumps(machine, indent=1))
-    raw, absent = measure(
-        args.peers, args.workloads, QUICK if args.quick else NORMAL, args.repetitions
-    )
+    if args.show:
+        machine, absent, raw = joined(args.show)
+    else:
+        machine = describe()
+        print(json.dumps(machine, indent=1))
+        sizes = QUICK if args.quick else NORMAL
+        raw, absent = measure(args.peers, args.workloads, sizes, args.repetitions)
     table = medians(raw)
     found = ratios(table)
     present = [peer for peer in args.peers if peer not in absent]

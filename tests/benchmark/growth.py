@@ -8,6 +8,7 @@ least, beside the median duration; and the memory of each kind of node.
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from persistent.mapping import PersistentMapping as Mapping
+from ZODB.Connection import TransactionMetaData
 
 from .peers import Peer, neo
 from .report import markdown
@@ -71,15 +72,22 @@ def fill(first: int, stop: int) -> Callable[[Client], tuple[Metrics, int]]:
 
     def workload(client: Client) -> tuple[Metrics, int]:
         client.ready()
+        storage = client.db.storage
+        head = pickle.dumps(("persistent.mapping", "PersistentMapping"), 3)
         step = max(1, stop // SAMPLE)
         oids = [] if not first else client.oids()[: SAMPLE * first // stop]
         for start in range(first, stop, BATCH):
-            objects = [Mapping(v=b"%060d" % i) for i in range(BATCH)]
-            for obj in objects:
-                client.conn.add(obj)
-            client.tm.commit()
-            oids += [obj._p_oid for obj in objects[-start % step :: step]]
-            client.conn.cacheMinimize()
+            meta = TransactionMetaData()
+            storage.tpc_begin(meta)
+            for number in range(start, start + BATCH):
+                data = head + pickle.dumps({"data": {"v": b"%060d" % number}}, 3)
+                oid = storage.new_oid()
+                storage.store(oid, None, data, "", meta)
+                if not number % step:
+                    oids.append(oid)
+            storage.tpc_vote(meta)
+            storage.tpc_finish(meta)
+        client.tm.begin()
         client.box["many"]["oids"] = b"".join(oids)
         client.tm.commit()
         return {}, 0
