@@ -29,7 +29,7 @@ QUIET = 5.0  # seconds after which nothing is left to do
 # Faults after which a client may do nothing for long while others wait for it.
 STALLS = {
     "pause", "clog", "silence", "isolate", "partition", "swizzle", "refuse", "damage",
-    "slow-disk", "power", "crash-all", "lost-disk",
+    "slow-disk", "power", "crash-all", "lost-disk", "client",
 }  # fmt: skip
 
 # Constants of modules that a run may have small, so that what is rare with the usual
