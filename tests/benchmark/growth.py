@@ -192,8 +192,7 @@ def clients(numbers: list[int]) -> Iterator[tuple[str, Metrics]]:
                 yield f"{number} clients", result
         finally:
             for process in present:
-                process.conn.close()
-            for process in present:
+                process.process.kill()
                 process.end()
 
 
