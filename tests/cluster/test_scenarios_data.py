@@ -203,10 +203,9 @@ def test_27_kill_during_tweak(tmp_path: Path) -> None:
             again(world, "tweak", nid)
             # Its cells stay until it is dropped.
             until(lambda: copies(world, "S1", "S2", "S3") == 24, "tweak")
-            again(world, "drop", nid)
-            until(lambda name=name: not world.processes[name].is_alive(), "its end")
-            world.gone.add(name)
             world.kill(name)
+            again(world, "drop", nid)
+            world.gone.add(name)
             world.progress()
         counts = world.audit()
     report(27, "kills during add, tweak, drop", kills=len(killer.kills), **counts)
