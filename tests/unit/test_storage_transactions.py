@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from neo.lib.config import Limits
 from neo.lib.protocol import (
     FEATURE_EARLY_VOTE,
     FEATURE_LEASE,
@@ -59,6 +60,14 @@ ODD = number(3)
 def h() -> Harness:
     """A node that has two partitions alone."""
     harness = Harness()
+    harness.operate()
+    return harness
+
+
+@pytest.fixture
+def patient() -> Harness:
+    """As `h`; its peers may be silent."""
+    harness = Harness(limits=Limits(ping_after=1e6, silence_limit=2e6))
     harness.operate()
     return harness
 
@@ -593,29 +602,31 @@ def test_loss_of_a_voted_client_changes_nothing(h: Harness) -> None:
     conflict(d, T1)
 
 
+def stalled_in(h: Harness) -> list[tuple[bytes]]:
+    """What the master was told of stalled transactions."""
+    return [a for p, _, a in h.m.packets() if p is NotifyStalledTransaction]
+
+
 @pytest.mark.parametrize("is_voted", [False, True])
-def test_lease_ended_by_the_master(h: Harness, is_voted: bool) -> None:
+def test_lease_ended_by_the_master(patient: Harness, is_voted: bool) -> None:
     """A stalled transaction is reported, and refused once the master dropped it."""
-    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
-    h.m.send(NotifyFeatures, (FEATURE_LEASE,))
-    c, d = h.client(), h.client(2)
+    patient.m.send(NotifyFeatures, (FEATURE_LEASE,))
+    c, d = patient.client(), patient.client(2)
     c.store(T1, A, b"1")
     accepted(c)
     if is_voted:
         c.vote(T1, A)
         c.expect(AnswerStoreTransaction)
-    h.advance(5)
+    patient.advance(5)
     d.store(T2, A, b"2")
-    h.m.packets()
-    for _ in range(59):
-        h.advance(1)
-        h.m.conn.last_received = h.time
-    assert NotifyStalledTransaction not in [packet for packet, *_ in h.m.packets()]
-    h.advance(2)
-    assert [a for p, _, a in h.m.packets() if p is NotifyStalledTransaction] == [(T1,)]
+    patient.m.packets()
+    patient.advance(59)
+    assert stalled_in(patient) == []
+    patient.advance(2)
+    assert stalled_in(patient) == [(T1,)]
     assert not c.is_closed
     nothing(d)
-    h.m.send(NotifyStalledTransaction, T1)
+    patient.m.send(NotifyStalledTransaction, T1)
     accepted(d)
     c.packets()
     for send in (
@@ -626,41 +637,33 @@ def test_lease_ended_by_the_master(h: Harness, is_voted: bool) -> None:
         send()
         assert c.receive(Error)[0] == ErrorCode.INCOMPLETE_TRANSACTION
     assert not c.is_closed
-    assert T1 not in h.node.operation.transactions.by_ttid  # type: ignore[union-attr]
+    assert T1 not in patient.node.operation.transactions.by_ttid  # type: ignore[union-attr]
 
 
-def test_who_waits_itself_has_no_lease(h: Harness) -> None:
+def test_who_waits_itself_has_no_lease(patient: Harness) -> None:
     """Unless it is asked to give its lock back and does not."""
-    h.m.send(NotifyFeatures, (FEATURE_LEASE,))
-    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
-    c, d, e = h.client(), h.client(2), h.client(3)
+    patient.m.send(NotifyFeatures, (FEATURE_LEASE,))
+    c, d, e = patient.client(), patient.client(2), patient.client(3)
     c.store(T1, A, b"1")
     d.store(T2, B, b"2")
     d.store(T2, A, b"2")
     e.store(T3, B, b"3")
 
     def stalled() -> set[bytes]:
-        for _ in range(130):
-            h.advance(1)
-            h.m.conn.last_received = h.time
-        return {a[0] for p, _, a in h.m.packets() if p is NotifyStalledTransaction}
+        patient.advance(130)
+        return {ttid for (ttid,) in stalled_in(patient)}
 
     assert stalled() == {T1}
     c.store(T1, B, b"1")
     assert stalled() == {T2}
 
 
-def test_lease(h: Harness) -> None:
-    c, d = h.client(), h.client(2)
+def test_lease(patient: Harness) -> None:
+    c, d = patient.client(), patient.client(2)
     c.store(T1, A, b"1")
-    h.m.conn.watch_silence = lambda *args: None  # type: ignore[method-assign]
-    h.advance(2)
+    patient.advance(2)
     d.store(T2, A, b"2")
-    for _ in range(40):
-        h.advance(2)
-        h.m.conn.last_received = h.time
-        if c.is_closed:
-            break
+    patient.advance(80)
     assert c.is_closed
     accepted(d)
 
