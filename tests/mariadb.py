@@ -50,7 +50,7 @@ class Server(MariaDB):
 
     def new_database(self) -> str:
         """Name of an empty database."""
-        name = f"neo{next(self.numbers)}"
+        name = f"test{next(self.numbers)}"
         self.execute(f"CREATE DATABASE {name}")
         return name
 
