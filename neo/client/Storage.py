@@ -705,8 +705,15 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
                     self.tpc_abort(transaction)
                     raise
                 flight.land(flight.size)
-        finally:
+        except Exception:
             flight.land()
+            raise
+        except BaseException:
+            # Interrupted: it matters more than what becomes of the last ones.
+            with contextlib.suppress(POSException.POSError):
+                flight.land()
+            raise
+        flight.land()
 
     def _remember_imported(self, txn: Transaction, tid: bytes) -> None:
         """What an import is based on after this transaction."""

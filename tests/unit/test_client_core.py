@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha1
 from random import Random  # noqa: TID251 seeded
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from neo.client.exception import (
     NEOStorageTransientError,
     NEOStorageWrongChecksum,
 )
+from neo.client.Storage import Flight, Storage
 from neo.lib.codec import Decoder, pack
 from neo.lib.connection import Connection
 from neo.lib.logger import Logger
@@ -587,3 +589,19 @@ def test_too_many_objects(
     with pytest.raises(NEOStorageError, match="at most 2 objects"):
         txn.store(p64(3), ZERO_TID, b"x", (0, sha1(b"x").digest(), b"x"))
     txn.abort()
+
+
+def test_interrupted_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is what the caller hears of, not what became of the last transactions."""
+
+    def land(self: Flight, left: int = 0) -> None:
+        raise NEOStorageError("connection lost")
+
+    def iterator() -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Flight, "land", land)
+    storage: Any = SimpleNamespace()
+    with pytest.raises(KeyboardInterrupt):
+        Storage.copyTransactionsFrom(storage, SimpleNamespace(iterator=iterator))
