@@ -537,7 +537,14 @@ class Cluster:
             nids = pt.readable[partition]
             if only is not None and partition == only[0]:
                 nids = only[1:]
-            return self._disks(nids)
+            return [
+                (name, disk)
+                for name, disk in self._disks(nids)
+                # The cell may be elsewhere since the answer was sent.
+                if (disk.ptid or 0) <= (pt.ptid or 0)
+                or disk.ptid not in self._tables
+                or (partition, disk.nid) in self._tables[disk.ptid]
+            ]
 
         def fail(partition: int, name: str, lack: str) -> SimulationFailed:
             return self.sim.failure(
