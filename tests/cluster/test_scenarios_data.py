@@ -25,7 +25,17 @@ from neo.lib.protocol import HANDSHAKE, AcceptIdentification, Error, NodeType
 from tests.history import OK
 from tests.simulation.workload import TokenStorage
 
-from .chaos import FINISHING, FULL, LIMITS, NOTICED, VOTED, World, report, times
+from .chaos import (
+    FINISHING,
+    FULL,
+    LIMITS,
+    NOTICED,
+    VOTED,
+    World,
+    report,
+    times,
+    within,
+)
 from .harness import free_port, until
 from .peer import Peer, identification
 from .test_robustness import STREAMS, ports
@@ -78,7 +88,7 @@ def test_25_lost_disk(tmp_path: Path) -> None:
         assert world.healthy, world.describe()
         world.audit()
     report(25, "lost disk", gap=m.gap)
-    assert m.gap <= 1
+    assert m.gap <= within(1)
 
 
 @contextlib.contextmanager
@@ -299,7 +309,7 @@ def test_34_refused_peers(tmp_path: Path) -> None:
                 _, code, args = peer.receive()
                 assert code == Error.code, case
                 assert args[1], case
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < within(1)
         with socket.create_connection(address, 5) as sock:
             sock.sendall(HANDSHAKE[:-1] + b"\x09")
             received = b""
@@ -369,4 +379,4 @@ def test_37_stopping(tmp_path: Path) -> None:
             world.progress()
         world.audit()
     report(37, "stop in each state", seconds=seconds)
-    assert max(seconds.values()) <= 10, seconds
+    assert max(seconds.values()) <= within(10), seconds
