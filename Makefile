@@ -8,6 +8,8 @@ VENV ?= .venv
 # Where `make run` keeps its cluster; remove the folder for a new one.
 DIR ?= .neo
 SEEDS ?= 1000
+# Random runs of clusters in the simulator that are part of `make test`.
+RUNS ?= 300
 INPUTS ?= 1000000
 SECONDS ?= 600
 WORKERS ?= 2
@@ -55,7 +57,7 @@ run: $(VENV)/.run
 
 test: $(VENV)/.test
 	@sh tests/install_mariadb.sh $(BIN)/python
-	NEO_RUNS=$(SEEDS) $(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
+	NEO_RUNS=$(RUNS) $(PYTEST) -n $(WORKERS) --dist=worksteal --timeout=900 $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
