@@ -502,7 +502,7 @@ class Cluster:
         self.acknowledged.append((tid, oids))
         self._check_disks(pt, tid, oids)
         name = storage._core.runtime.process.name
-        if len(self.masters) == 1 or self._client_ptids[name][1] > self.sim.time - 1e-3:
+        if len(self.masters) == 1 or self._client_ptids[name][1] > self.sim.time - 1:
             return  # the table may have come after the answer, before its thread runs
         # Another master must not start with an older table, where more is readable.
         now = set(_readable(pt))
