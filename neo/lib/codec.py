@@ -23,6 +23,9 @@ pack = Packer().pack
 # elements than this is decoded once all its bytes are there instead.
 _FAST_ELEMENTS = 4096
 _ALONE_MAX = 64 << 10  # bytes that are tried as one message
+# First size of a decoder's buffer, which grows as needed. By default, each connection
+# would hold a megabyte.
+_BUFFER = 16 << 10
 _OPTIONS: dict[str, Any] = {
     "use_list": False,
     "raw": False,
@@ -59,6 +62,7 @@ class Decoder:
     def _new_fast(self) -> Unpacker:
         return Unpacker(
             max_buffer_size=0x7FFFFFFF,
+            read_size=_BUFFER,
             max_array_len=_FAST_ELEMENTS,
             max_map_len=_FAST_ELEMENTS,
             **_OPTIONS,
@@ -117,7 +121,7 @@ class Decoder:
     def _slow(self) -> Iterator[Message]:
         """Find where messages end before any of their arrays is allocated."""
         if self._scanner is None:
-            self._scanner = Unpacker(max_buffer_size=0x7FFFFFFF)
+            self._scanner = Unpacker(max_buffer_size=0x7FFFFFFF, read_size=_BUFFER)
             data = b"".join(self._chunks)[self._start :]
             self._chunks = [data]
             self._size = len(data)
