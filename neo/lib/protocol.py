@@ -986,6 +986,10 @@ FEATURE_IMPORT = b"import"
 # What the primary waits for, as told to people: from an admin to a master.
 FEATURE_AWAITED = b"awaited"
 
+# Key in the `extra` of a storage: as far as it knows, it has no cell. The nid that it
+# wants is no proof of who it is: another storage may have got it.
+SPARE = b"spare"
+
 
 @packet(0x7000, "S -> C, M -> S, M -> A")
 def NotifyFeatures(features: Sequence[bytes]) -> None:

@@ -423,6 +423,8 @@ class Master:
             self.updatable.pop((partition, nid), None)
             if state is not CellState.DISCARDED:
                 self.members[nid] = None
+                if node := self.nodes.by_nid(nid):
+                    node.extra.pop("spare", None)
         tail = encode_tail(NotifyPartitionChanges, ptid, replicas, cells)
         for node in self.nodes.identified(*kinds):
             node.connection.notify_encoded(

@@ -14,6 +14,7 @@ from neo.lib.protocol import (
     FEATURE_IMPORT,
     FEATURE_LEASE,
     FEATURES,
+    SPARE,
     AcceptIdentification,
     CellState,
     ErrorCode,
@@ -159,7 +160,8 @@ class Identification(Handler):
 
     def _look_up(self, claim: Claim) -> Node | None:
         """The node that the peer is; None for a new one."""
-        nodes = self.master.nodes
+        master = self.master
+        nodes = master.nodes
         by_nid = nodes.by_nid(claim.nid)
         by_address = nodes.by_address(claim.address)
         if by_address is not None:
@@ -176,9 +178,13 @@ class Identification(Handler):
             raise ProtocolError(
                 f"{nid_str(claim.nid)} is not at this address: {by_address} is"
             )
-        if by_nid is None or by_nid is self.master.node:
+        if by_nid is None or by_nid is master.node:
             return None
         if by_nid.connection is None:
+            if _is_spare(claim) and (
+                by_nid.address is not None or by_nid.nid in master.pt.readable_nids()
+            ):
+                return None  # another storage got the nid meanwhile
             return by_nid
         if claim.nid is not None and claim.nid < 0:
             return None
@@ -207,15 +213,29 @@ class Identification(Handler):
     def _permanent_twice(self, claim: Claim, node: Node) -> Node | None:
         """Two storages have the same nid: of an empty one, it is only a wish.
 
-        It happens when masters met after they had given nids.
+        It happens when masters met after they had given nids, or when a storage that
+        had no cell was forgotten.
         """
         empty = self.master.primary.empty_storages
-        if claim.address in empty:
+        if claim.address in empty or _is_spare(claim):
             return None
-        if node.address in empty:
+        if node.address in empty or node.extra.get("spare"):
             node.connection.close("its nid belongs to another storage")
             return node
         raise ProtocolError(f"duplicated node id: {nid_str(node.nid)} is connected")
+
+    def turn_spares_away(self) -> None:
+        """A table is known, by which storages with the nids of some have data.
+
+        They come again, and get other nids.
+        """
+        master = self.master
+        readable = master.pt.readable_nids()
+        for node in master.nodes.identified(NodeType.STORAGE):
+            if node.extra.get("spare") and node.nid in readable:
+                node.connection.close("its nid belongs to another storage")
+                master.nodes.set_address(node, None)
+                master.tell_nodes([node])
 
     # --- by type ----------------------------------------------------------------------
 
@@ -304,12 +324,18 @@ class Identification(Handler):
         master.primary.joined(node, conn)
 
 
+def _is_spare(claim: Claim) -> bool:
+    return claim.kind is NodeType.STORAGE and claim.extra.get(SPARE) is True
+
+
 def _extra(kind: NodeType, extra: Mapping[bytes, Any]) -> dict[str, Any]:
     """What a peer says of itself, as far as it makes sense."""
     known: dict[str, Any] = {}
     path = extra.get(b"devpath")
     if kind is NodeType.STORAGE and type(path) is tuple:
         known["devpath"] = tuple(part for part in path if type(part) is bytes)
+    if kind is NodeType.STORAGE and extra.get(SPARE) is True:
+        known["spare"] = True  # until it gets cells
     if (
         kind in (NodeType.STORAGE, NodeType.ADMIN, NodeType.CLIENT)
         and type(extra.get(FEATURES)) is tuple

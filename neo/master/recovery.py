@@ -210,6 +210,7 @@ class Recovering(PrimaryPhase):
             len(rows),
             replicas,
         )
+        master.identification.turn_spares_away()
 
     def _note_truncation(self, answer: Answer) -> None:
         """A truncation is pending as long as one up-to-date node has to do it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from neo.lib.bootstrap import Bootstrap, Identity
 from neo.lib.config import Limits
@@ -33,6 +34,7 @@ from neo.lib.protocol import (
     FEATURE_LEASE,
     FEATURES,
     READABLE,
+    SPARE,
     ZERO_TID,
     CellState,
     ErrorCode,
@@ -191,11 +193,13 @@ class StorageNode:
         new_nid: tuple[int, ...] = ()
         if self.options.new_nid:
             new_nid = tuple(self.backend.own_cells())
-        extra = {
+        extra: dict[bytes, Any] = {
             b"devpath": (self.options.host.encode(), b"%d" % self.backend.device),
             b"new_nid": new_nid,
             FEATURES: [FEATURE_LEASE, FEATURE_CHECK],
         }
+        if self.pt.ptid is not None and self._is_spare():
+            extra[SPARE] = True
         is_clone = self.options.new_nid
         return (
             NodeType.STORAGE,
@@ -206,17 +210,23 @@ class StorageNode:
             extra,
         )
 
+    def _is_spare(self) -> bool:
+        """Has it nothing, as far as it knows? Then its nid is only a wish.
+
+        A master forgets a storage without cells that leaves, and may give its nid to
+        another one. Or a master that lost the election gave it. Source: behaviour 12.1
+        D8.
+        """
+        return self.options.nid is None and not self.backend.own_cells()
+
     def _refused(self, code: int, text: str) -> None:
         """A master answered with an Error."""
         if code != ErrorCode.PROTOCOL_ERROR:
             return  # NOT_READY: later, maybe
         self._refusals += 1
-        # The nid of an empty database is a wish: a master that lost the election gave
-        # it, maybe, and another storage has it. But it may also be in a table that was
-        # not written here yet, so it is given up for one attempt out of two only.
-        # Source: behaviour 12.1 D8.
-        is_wish = self.pt.ptid is None and self.options.nid is None
-        self._gives_up_nid = is_wish and not self._gives_up_nid
+        # The nid may be in a table that was not written here yet, so it is given up for
+        # one attempt out of two only.
+        self._gives_up_nid = self._is_spare() and not self._gives_up_nid
         limit = self.options.max_refusals
         if limit and self._refusals >= limit:
             self.log.error("refused %d times by the masters: %s", self._refusals, text)

@@ -14,7 +14,15 @@ import pytest
 
 from neo.lib.connection import Connection
 from neo.lib.handler import Handler
-from neo.lib.protocol import READABLE, AcceptIdentification, ClusterState, NodeType
+from neo.lib.protocol import (
+    READABLE,
+    AcceptIdentification,
+    AddPendingNodes,
+    ClusterState,
+    NodeType,
+    SetNumReplicas,
+    TweakPartitionTable,
+)
 from tests.history import OK
 from tests.simulation.cluster import CLUSTER, Cluster, Disk, Shape, transactions_of
 from tests.simulation.faults import KINDS
@@ -280,6 +288,43 @@ def test_empty_storages_with_one_nid(is_running: bool) -> None:
         lambda: {sim.app(name).nid for name in cluster.storages} == {1, 2}, 20
     )
     assert sim.app("s0").nid == 1 or not is_running
+
+
+@pytest.mark.parametrize("first", ["s1", "s2"])
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "restarted"])
+def test_storage_that_was_forgotten(first: str, restarted: bool) -> None:
+    """It had no cell, and its nid was given to another storage."""
+    sim = Simulation()
+    cluster = Cluster(sim, Shape(storages=1, admins=1, spares=2, partitions=2))
+    cluster.start()
+    sim.run_until(lambda: cluster.running, 20)
+    cluster.start("s1")
+    sim.run_until(lambda: sim.app("s1").nid == 2, 20)
+    sim.run(1)
+    sim.crash("s1")
+    sim.run(1)
+    cluster.start("s2")
+    sim.run_until(lambda: sim.app("s2").nid == 2, 20)
+    sim.run(1)
+    for packet, *args in (
+        (AddPendingNodes, [2]),
+        (SetNumReplicas, 1),
+        (TweakPartitionTable, False, []),
+    ):
+        cluster.command(packet, *args)
+        sim.run(2)
+    assert sim.app("m0").pt.readable_nids() == [1, 2]
+    sim.crash("s2")
+    if restarted:
+        sim.crash("m0")
+        cluster.start("m0")
+    second = {"s1": "s2", "s2": "s1"}[first]
+    cluster.start(first)
+    sim.run(3)
+    cluster.start(second)
+    sim.run_until(lambda: cluster.healthy and sim.app("s1").nid == 3, 20)
+    assert sim.app("s2").nid == 2
+    assert cluster.replicas()
 
 
 # --- random runs ----------------------------------------------------------------------
