@@ -35,13 +35,19 @@ class Ahead:
 
     def take(self) -> Answer | None:
         """What was asked for ahead, for a transaction that begins now."""
-        now = self.app.runtime.monotonic()
+        app = self.app
+        now = app.runtime.monotonic()
         self._in_a_row = now - self._finished_at < PACE
+        links_lost = False
+        if self._in_a_row and self._answer is not None:
+            links = list(app.links.values())
+            app.runtime.look(links)
+            links_lost = any(conn.closed for conn in links)
         answer, self._answer = self._answer, None
         if answer is not None and answer.done:
-            if not self._in_a_row:
-                # Who did nothing for a while asks, and so hears the news: of a storage
-                # that is lost, for example.
+            if not self._in_a_row or links_lost:
+                # Who did nothing for a while, or has lost a storage, asks, and so hears
+                # the news.
                 self._abort(answer)
                 return None
             if answer.value is None:

@@ -392,6 +392,13 @@ class ShellRuntime:
         finally:
             self._leave(waiter, transports)
 
+    def look(self, connections: Iterable[Connection]) -> None:
+        for conn in connections:
+            transport = conn.transport
+            assert isinstance(transport, ShellTransport)
+            if transport.reader is None and transport.fd >= 0:
+                self._read(transport)
+
     @staticmethod
     def _take_roles(
         waiter: Waiter, transports: list[ShellTransport]

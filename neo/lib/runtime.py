@@ -114,6 +114,9 @@ class ClientRuntime(Runtime, Protocol):
         in `unlocked`, nowhere else.
         """
 
+    def look(self, connections: Iterable[Connection]) -> None:
+        """Handle what came on connections that nobody reads now, without waiting."""
+
 
 class Throttle:
     """Spaces the attempts to connect to one address, after failures."""

@@ -212,6 +212,9 @@ class SimRuntime:
     ) -> bool:
         return self.process.wait(condition, timeout)
 
+    def look(self, connections: Iterable[Connection]) -> None:
+        """Nothing: what comes is handled at once."""
+
 
 class Waiter:
     """An application thread that waits."""

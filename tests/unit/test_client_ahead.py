@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from neo.client.ahead import PACE, UNUSED, Ahead
 from neo.client.app import Answer
+from neo.lib.connection import Connection
 from neo.lib.handler import Handler
 from neo.lib.protocol import (
     AbortTransaction,
@@ -28,10 +30,21 @@ class World:
     def __init__(self) -> None:
         self.runtime = FakeRuntime()
         self.conn = established(Handler(), runtime=self.runtime)
+        self.link = established(Handler(), runtime=self.runtime)
+        self.news: list[str] = []  # what came on that connection, not read yet
+        self.runtime.look = self._look  # type: ignore[attr-defined]
         self.app: Any = SimpleNamespace(
-            runtime=self.runtime, exclusive=False, master=self.conn
+            runtime=self.runtime,
+            exclusive=False,
+            master=self.conn,
+            links={1: self.link},
         )
         self.ahead = Ahead(self.app)
+
+    def _look(self, connections: Iterable[Connection]) -> None:
+        assert list(connections) == [self.link]
+        if self.news:
+            self.link.lost(self.news.pop())
 
     def commit(self) -> None:
         """A transaction is being finished; one may begin ahead."""
@@ -86,6 +99,16 @@ def test_late_begin_asks(world: World) -> None:
     world.row()
     world.answer()
     world.runtime.advance(2 * PACE)
+    assert world.ahead.take() is None
+    ((_, code, args),) = world.asked()
+    assert (code, args) == (AbortTransaction.code, (TTID, ()))
+
+
+def test_lost_storage(world: World) -> None:
+    """It died since the last commit: nothing may be stored on a dead connection."""
+    world.row()
+    world.answer()
+    world.news.append("killed")
     assert world.ahead.take() is None
     ((_, code, args),) = world.asked()
     assert (code, args) == (AbortTransaction.code, (TTID, ()))

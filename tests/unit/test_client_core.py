@@ -136,6 +136,9 @@ class Fake:
     def unlocked(self, job: Callable[[], Any]) -> Any:
         return job()
 
+    def look(self, connections: Iterable[Connection]) -> None:
+        """Nothing comes but by `turn`."""
+
     def turn(self) -> bool:
         """Let one thing happen; false if nothing can."""
         if self.dirty:
