@@ -9,9 +9,10 @@ Source: operations.md 11.3.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from neo.lib.exception import ConfigurationError
 
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
     from .Storage import Storage
 
 _REQUIRED = ("master_nodes", "name")
+# Scheme, cluster and masters, path, query, fragment. Recent Pythons' `urlsplit` refuses
+# IPv6 addresses of several masters.
+_URI = re.compile(r"([^:/?#]+)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?", re.DOTALL)
 
 
 def resolve(uri: str) -> tuple[Callable[[], Storage], dict[str, str]]:
     """(factory of the storage, options of the database). ValueError if wrong."""
     try:
-        parts = urlsplit(uri)
-        if parts.scheme not in ("neo", "neos"):
+        match = _URI.fullmatch(uri)
+        if match is None or match[1] not in ("neo", "neos"):
             raise ConfigurationError("the scheme is neither neo nor neos")
-        name, at, addresses = parts.netloc.rpartition("@")
+        scheme, netloc, path, parameters, fragment = match.groups()
+        name, at, addresses = netloc.rpartition("@")
         if not at or not name or not addresses:
             raise ConfigurationError("expected neo://name@master1,master2,...")
-        if parts.path or parts.fragment:
+        if path or fragment:
             raise ConfigurationError("neither path nor fragment may be given")
         options = {
             "name": unquote(name),
@@ -40,8 +45,8 @@ def resolve(uri: str) -> tuple[Callable[[], Storage], dict[str, str]]:
         }
         database: dict[str, str] = {}
         query = (
-            parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True)
-            if parts.query
+            parse_qsl(parameters, keep_blank_values=True, strict_parsing=True)
+            if parameters
             else []
         )
         for key, value in query:
@@ -54,7 +59,7 @@ def resolve(uri: str) -> tuple[Callable[[], Storage], dict[str, str]]:
                 raise ConfigurationError(f"{key!r} is given twice")
             else:
                 options[option] = value
-        if parts.scheme == "neos":
+        if scheme == "neos":
             _add_credentials(options)
         kw = parse(options)
     except (ConfigurationError, ValueError) as error:

@@ -114,6 +114,7 @@ def test_zconfig_wrong(line: str) -> None:
 
 
 def test_uri() -> None:
+    """Debian's Python 3.11 has urlsplit refuse such addresses."""
     factory, database = NEOStorageURIResolver(
         "neo://a%40b@127.0.0.1:1,[::1]:2?read_only=1&cache-size=1KB&connection_cache_size=9"
     )
