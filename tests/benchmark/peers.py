@@ -101,6 +101,26 @@ def mariadb(folder: Path) -> Iterator[Any]:
         server.close()
 
 
+class RelStorageOnMariaDB(Peer):
+    """RelStorage 4 knows MySQL, and takes MariaDB 10 for MySQL 10."""
+
+    def open(self) -> Any:
+        from relstorage.adapters.mysql.schema import (
+            MySQLSchemaInstaller,
+            MySQLVersionDetector,
+        )
+
+        # That of MySQL 5.7 is what MariaDB understands: no `FOR SHARE NOWAIT`, no alias
+        # of what is inserted, no `@@transaction_isolation`.
+        MySQLVersionDetector._fetch_version_from_server = lambda self, cursor: "5.7.19"
+        # MySQL parses these and does nothing about them. MariaDB wants the column.
+        MySQLSchemaInstaller.CREATE_OBJECT_STATE_TMPLS = tuple(
+            sql.replace('REFERENCES "transaction"', "")
+            for sql in MySQLSchemaInstaller.CREATE_OBJECT_STATE_TMPLS
+        )
+        return super().open()
+
+
 @contextlib.contextmanager
 def relstorage_mariadb(name: str, folder: Path) -> Starting:
     """RelStorage on MariaDB, durable."""
@@ -110,7 +130,8 @@ def relstorage_mariadb(name: str, folder: Path) -> Starting:
         database = (
             f"<mysql>\ndb relstorage\nuser root\nunix_socket {server.socket}\n</mysql>"
         )
-        yield Peer(name, relstorage(database), {"server": [server.process.pid]})
+        pids = {"server": [server.process.pid]}
+        yield RelStorageOnMariaDB(name, relstorage(database), pids)
 
 
 @contextlib.contextmanager
