@@ -40,6 +40,7 @@ from .mysql_driver import (
     Result,
     backend_error,
     choose_driver,
+    filler,
     parse_location,
     render,
     translate,
@@ -167,7 +168,7 @@ class MySQLReader(SQLReader):
         self._select = connection.select
 
     def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
-        packet = translate(sql) % tuple([LITERALS[type(arg)](arg) for arg in args])
+        packet = filler(sql)(tuple([LITERALS[type(arg)](arg) for arg in args]))
         try:
             return list(self._select(packet))
         except Lost as e:
@@ -203,8 +204,22 @@ class MySQLReader(SQLReader):
     # The optimizer believes statistics that are old, and prefers `data_id` or a scan.
     _BY_OID = "obj AS o FORCE INDEX (PRIMARY)"
     LOAD_LAST = SQLReader.LOAD_LAST.replace("obj AS o", _BY_OID)
-    LOAD_BEFORE = SQLReader.LOAD_BEFORE.replace("obj AS o", _BY_OID)
-    LOAD_AT = SQLReader.LOAD_AT.replace("obj AS o", _BY_OID)
+    # Minima and maxima that depend on nothing are looked up while the query is planned,
+    # and are constants in its plan: two thirds of the time of `SQLReader.LOAD_BEFORE`.
+    _TID = (
+        "(SELECT {which}(n.tid) FROM obj AS n FORCE INDEX (PRIMARY)"
+        " WHERE n.partition = ?1 AND n.oid = ?2 AND n.tid {bound} ?3)"
+    )
+    _LOAD = (
+        "SELECT o.tid, {next}, o.data_id, o.value_tid, compression, hash, value"
+        f" FROM {_BY_OID} LEFT JOIN data ON data.id = o.data_id"
+        " WHERE o.partition = ?1 AND o.oid = ?2 AND o.tid = {tid}"
+    )
+    LOAD_BEFORE = _LOAD.format(
+        next=_TID.format(which="MIN", bound=">="),
+        tid=_TID.format(which="MAX", bound="<"),
+    )
+    LOAD_AT = _LOAD.format(next=_TID.format(which="MIN", bound=">"), tid="?3")
     LAST_REVISIONS = (
         "SELECT obj.oid, obj.tid, revisions, data_id FROM ("
         "SELECT oid AS last_oid, MAX(tid) AS last_tid, COUNT(*) AS revisions"

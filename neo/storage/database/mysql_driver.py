@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from neo.lib.exception import BackendError, ConfigurationError
@@ -87,9 +88,20 @@ def translate(sql: str) -> bytes:
     return re.sub(r"\bpartition\b", "`partition`", sql).encode()
 
 
+@lru_cache(1000)
+def filler(sql: str) -> Callable[[tuple[bytes, ...]], bytes]:
+    """What puts literals where `sql` has `?`, or `?1`, `?2`... in any order."""
+    order = [int(number) - 1 for number in re.findall(r"\?(\d+)", sql)]
+    fill = translate(re.sub(r"\?\d+", "?", sql)).__mod__
+    if not order:
+        return fill
+    arrange = itemgetter(*order)
+    return lambda literals: fill(arrange(literals))
+
+
 def render(sql: str, args: Sequence[object] = ()) -> bytes:
     """The text of a statement."""
-    return translate(sql) % tuple([LITERALS[type(arg)](arg) for arg in args])
+    return filler(sql)(tuple([LITERALS[type(arg)](arg) for arg in args]))
 
 
 # --- drivers ------------------------------------------------------------------------
