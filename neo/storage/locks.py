@@ -4,7 +4,8 @@ Per object and storage, one transaction at most holds the write lock. The older
 transaction (smaller ttid) has priority: a younger one waits for it. When an older one
 needs the lock of a younger one that has not voted, it waits too, and the younger one's
 client is asked to lock again (NotifyDeadlock): so no cycle of waiting can last. Waiters
-of an object are served by increasing ttid, for one ttid in order of arrival.
+of an object are served by increasing ttid, for one ttid in order of arrival. Nobody
+else may take an object whose conflict a transaction has to resolve, but older ones.
 
 This module decides and orders; `transactions.py` acts. Source: behaviour 3.3, 3.5, 0.4.
 """
@@ -20,6 +21,7 @@ from .database.interface import Oid, Tid, Value
 if TYPE_CHECKING:
     from neo.lib.connection import Connection
     from neo.lib.node import Node
+    from neo.lib.runtime import Timer
 
 # --- how a partition may be accessed on this node ---------------------------------
 
@@ -167,6 +169,19 @@ class Demand:
     def size(self) -> int:
         """Bytes that it costs while it waits, roughly."""
         return 1000 + (self.write.size if self.write is not None else 0)
+
+
+class Reservation:
+    """An object that waits to be stored again by who was told of a conflict.
+
+    `timer`: ends it. There is none of an object that is locked.
+    """
+
+    __slots__ = ("timer", "transaction")
+
+    def __init__(self, transaction: Transaction, timer: Timer) -> None:
+        self.transaction = transaction
+        self.timer = timer
 
 
 class Reading:

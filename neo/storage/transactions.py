@@ -8,6 +8,12 @@ forgets it before it is LOCKED. What is committed is thus what the database has
 plus the UNLOCKED transactions: conflict checks and reads look at these first
 (`pending.py`).
 
+Who is told of a conflict resolves it and stores again. If all that wait for an object
+were told of it at once, all would, and one would win. So the object is *reserved* for
+the first one: younger transactions wait as if it had the lock, until it stores again,
+ends, or took too long. Older ones do not, hence reservations are in no cycle of
+waiting.
+
 Values stay in memory until they are applied; beyond limits they are spilled to the
 database by the writer. Source: behaviour 3.3 to 3.9, architecture 6.4.
 """
@@ -59,6 +65,7 @@ from .locks import (
     WAIT,
     Demand,
     Outcome,
+    Reservation,
     Transaction,
     WaitQueues,
     Write,
@@ -72,6 +79,8 @@ _u64 = Struct(">Q").unpack
 # Bytes of values in memory, of one transaction and of all, before some are spilled.
 MEMORY_OF_TRANSACTION = 16 << 20
 MEMORY = 256 << 20
+# Seconds that a client has to resolve a conflict before others get their turn.
+RESERVATION = 0.2
 # Stalled transactions that are remembered.
 REFUSED_MAX = 1000
 
@@ -110,6 +119,8 @@ class Transactions:
         self._is_alone = is_alone
         self.by_ttid: dict[Tid, Transaction] = {}
         self._locks: dict[Oid, Transaction] = {}
+        self._reservations: dict[Oid, Reservation] = {}  # of objects without lock
+        self._hurried: Oid | None = None  # it is not reserved again
         # Those that stalled: nothing of them is accepted any more.
         self._refused: dict[Tid, None] = {}
         self.queues = WaitQueues()
@@ -195,6 +206,11 @@ class Transactions:
             outcome = decide_held(demand, holder)
             if outcome is not None:
                 return outcome
+        elif (
+            oid in self._reservations
+            and self._reservations[oid].transaction.ttid < demand.transaction.ttid
+        ):
+            return WAIT
         if access == ABSENT:
             return IGNORED
         current = self.pending.last_tid_of(oid)
@@ -238,6 +254,9 @@ class Transactions:
             if self._locks.get(oid) is None:
                 self._locks[oid] = transaction
                 transaction.locks[oid] = None
+                if oid in self._reservations:
+                    # Its own, or a younger one's: those who wait are younger, too.
+                    self._reservations.pop(oid).timer.cancel()
             transaction.blind.pop(oid, None)
         elif outcome == LOCKLESS:
             transaction.blind[oid] = None
@@ -252,6 +271,10 @@ class Transactions:
         else:
             assert type(outcome) is bytes, outcome
             transaction.conflicts[oid] = None
+            if oid not in self._locks and (
+                demand.kind == STORE or oid in transaction.writes
+            ):
+                self._reserve(oid, transaction)
             self._answer(demand, outcome)
             return
         transaction.conflicts.pop(oid, None)
@@ -374,6 +397,35 @@ class Transactions:
         transaction.notified.pop(oid, None)
         if oid in self.queues:
             self._freed.append(oid)
+
+    def _reserve(self, oid: Oid, transaction: Transaction) -> None:
+        """The client of a transaction is told of a conflict: it may resolve it."""
+        if oid == self._hurried:
+            return
+        former = self._reservations.get(oid)
+        if former is not None:
+            if former.transaction is transaction:
+                return  # told again: it gets no more time
+            former.timer.cancel()
+        timer = self._runtime.call_later(
+            RESERVATION, lambda: self._reservation_is_over(oid)
+        )
+        self._reservations[oid] = Reservation(transaction, timer)
+
+    def _reservation_is_over(self, oid: Oid) -> None:
+        """Nobody waits twice for slow clients: all are told what there is."""
+        if self.is_over:
+            return
+        self._hurried = oid
+        self._unreserve([oid])
+        self._serve()
+        self._hurried = None
+
+    def _unreserve(self, oids: Iterable[Oid]) -> None:
+        for oid in oids:
+            self._reservations.pop(oid).timer.cancel()
+            if oid in self.queues:
+                self._freed.append(oid)
 
     def _serve(self) -> None:
         """Look at the waiters of the objects that were freed.
@@ -610,6 +662,12 @@ class Transactions:
                     self._answer(demand, ZERO_TID)
         for oid in tuple(transaction.locks):
             self._release(transaction, oid)
+        self._unreserve(
+            oid
+            for oid in transaction.conflicts
+            if oid in self._reservations
+            and self._reservations[oid].transaction is transaction
+        )
         self._memory -= transaction.memory
         if transaction.state == VOTED:
             # What is left by a crash is dropped by the next start: nothing is promised.
@@ -636,6 +694,9 @@ class Transactions:
             for transaction in self.by_ttid.values():
                 if transaction.state <= VOTED:
                     self._drop_partitions(transaction, lost)
+        self._unreserve(
+            [o for o in self._reservations if _u64(o)[0] % self._np in changed]
+        )
         for oid, _ in self.queues:
             if _u64(oid)[0] % self._np in changed:
                 self._freed.append(oid)
@@ -772,11 +833,20 @@ class Transactions:
         for oid, transaction in self._locks.items():
             assert self.by_ttid[transaction.ttid] is transaction, transaction
             assert oid in transaction.locks, oid
+        for oid, reservation in self._reservations.items():
+            transaction = reservation.transaction
+            assert oid not in self._locks, oid
+            assert self.by_ttid[transaction.ttid] is transaction, transaction
+            assert oid in transaction.conflicts, (oid, transaction)
+            assert self.access[_u64(oid)[0] % self._np] not in (ABSENT, BLIND), oid
         for oid, demands in self.queues:
             holder = self._locks.get(oid)
-            # Who waits, waits for somebody: not for itself, and not for nothing.
-            assert holder is not None, oid
             first = demands[0].transaction
+            if holder is None:
+                transaction = self._reservations[oid].transaction
+                assert transaction.ttid < first.ttid, (oid, transaction, first)
+                continue
+            # Who waits, waits for somebody: not for itself, and not for nothing.
             assert (
                 holder is first
                 or holder.ttid < first.ttid

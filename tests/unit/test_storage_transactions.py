@@ -187,17 +187,167 @@ def test_conflict_and_stale_base(h: Harness) -> None:
     c, d = h.client(), h.client(2)
     c.commit(T1, T1, {A: b"1"})
     c.commit(T2, T2, {A: b"2"}, {A: T1})
-    c.store(T3, A, b"3", T1)
+    c.store(T4, A, b"4", T1)
     conflict(c, T2)
-    d.store(T4, A, b"4", T2)  # no lock was taken
+    d.store(T3, A, b"3", T2)  # no lock was taken
     accepted(d)
-    c.store(T3, B, b"3", T5)
+    c.store(T4, B, b"4", T5)
     accepted(c)  # no revision: any base
-    d.abort(T4)
-    c.store(T3, A, b"3", T5)
+    d.abort(T3)
+    c.store(T4, A, b"4", T5)
     refused(c)
     d.store(T6, A, b"6", T2)
     accepted(d)
+
+
+def contend(h: Harness) -> tuple[Peer, Peer, Peer]:
+    """Clients of T3, T4 and T5, which lost A to T2: T3 is told of it, others wait."""
+    peers = h.client(), h.client(2), h.client(3)
+    c, d, e = peers
+    c.store(T1, A, b"1")
+    accepted(c)
+    e.store(T5, A, b"5")
+    d.store(T4, A, b"4")
+    c.store(T3, A, b"3")
+    nothing(*peers)
+    c.vote(T1, A)
+    c.packets()
+    h.m.lock(T1, T2)
+    h.m.unlock(T1)
+    conflict(c, T2)
+    nothing(d, e)
+    return peers
+
+
+def test_who_is_told_of_a_conflict_resolves_it_alone(h: Harness) -> None:
+    c, d, e = contend(h)
+    c.store(T3, A, b"resolved", T2)
+    accepted(c)
+    nothing(d, e)
+    c.vote(T3, A)
+    c.packets()
+    h.m.lock(T3, T6)
+    h.m.unlock(T3)
+    conflict(d, T6)
+    nothing(e)
+    h.advance(1)  # it takes long
+    conflict(e, T6)
+    e.store(T5, A, b"resolved", T6)
+    accepted(e)
+    d.store(T4, A, b"resolved", T6)
+    assert e.receive(NotifyDeadlock) == (T5, A)  # and is as old as ever
+
+
+@pytest.mark.parametrize("how", ["abort", "loss", "master"])
+def test_who_gives_up_leaves_the_object_to_the_next(h: Harness, how: str) -> None:
+    c, d, e = contend(h)
+    if how == "abort":
+        c.abort(T3)
+    elif how == "loss":
+        c.lose()
+    else:
+        h.m.abort(T3)
+    conflict(d, T2)
+    nothing(e)
+    h.advance(0.15)
+    nothing(e)  # the time left by the first one is not that of the second
+    d.store(T4, A, b"resolved", T2)
+    accepted(d)
+    h.advance(0.15)
+    d.abort(T4)
+    conflict(e, T2)
+
+
+def test_slow_client_that_resolves_conflicts(h: Harness) -> None:
+    """All that wait for it are told then: nobody waits for several such clients."""
+    c, d, e = contend(h)
+    h.advance(0.1)
+    c.store(T3, A, b"wrong", T1)
+    conflict(c, T2)
+    h.advance(0.15)
+    conflict(d, T2)
+    conflict(e, T2)
+    e.store(T5, A, b"resolved", T2)
+    accepted(e)
+    c.store(T3, A, b"resolved", T2)
+    d.store(T4, A, b"resolved", T2)
+    assert e.receive(NotifyDeadlock) == (T5, A)
+    e.abort(T5)
+    accepted(c)
+    nothing(d)
+
+
+def test_older_transactions_wait_for_no_resolution(h: Harness) -> None:
+    """Which may itself wait for them."""
+    c = h.client()
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    d, e = h.client(2), h.client(3)
+    d.store(T4, A, b"4", T1)
+    conflict(d, T2)
+    e.store(T5, A, b"5", T1)
+    d.store(T4, A, b"wrong", T1)
+    conflict(d, T2)
+    assert e.ask(AskCheckCurrentSerial, T6, B, T1) == (None,)
+    nothing(e)
+    c.store(T3, A, b"3", T1)
+    conflict(c, T2)
+    d.store(T4, A, b"resolved", T2)
+    nothing(d)  # it is no more for this one
+    c.store(T3, A, b"resolved", T2)
+    accepted(c)
+    c.abort(T3)
+    accepted(d)
+    nothing(e)
+    d.abort(T4)
+    conflict(e, T2)
+
+
+def test_nothing_is_reserved_for_a_check(h: Harness) -> None:
+    """Its client can't resolve the conflict."""
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    assert c.ask(AskCheckCurrentSerial, T3, A, T1) == (T2,)
+    d.store(T4, A, b"4", T2)
+    accepted(d)
+
+
+def test_reservation_for_who_gave_its_lock_back(h: Harness) -> None:
+    c, d, e = h.client(), h.client(2), h.client(3)
+    d.store(T2, A, b"d")
+    accepted(d)
+    c.store(T1, A, b"c")
+    assert d.receive(NotifyDeadlock) == (T2, A)
+    d.relock(T2, A)
+    accepted(c)
+    e.store(T3, A, b"e")
+    c.vote(T1, A)
+    c.packets()
+    h.m.lock(T1, T4)
+    h.m.unlock(T1)
+    assert d.receive(AnswerRelockObject)[0][:2] == (ZERO_TID, T4)
+    nothing(e)
+    d.store(T2, A, b"resolved", T4)
+    accepted(d)
+
+
+def test_reservation_in_a_cell_that_is_dropped(h: Harness) -> None:
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {A: b"2"}, {A: T1})
+    c.store(T3, A, b"3", T1)
+    conflict(c, T2)
+    d.store(T4, A, b"4", T1)
+    nothing(d)
+    h.change_table(2, (0, 1, CellState.DISCARDED))
+    conflict(d, ZERO_TID)
+
+
+def test_reservation_ends_with_operation(h: Harness) -> None:
+    contend(h)
+    h.m.send(StopOperation)
+    h.advance(1)
 
 
 def test_stores_of_one_transaction_replace_each_other(h: Harness) -> None:
