@@ -7,7 +7,8 @@ Reader role. A connection has at most one reader, who dispatches all that comes,
 order, for the others too. `wait(condition, connections)` takes the roles that are free:
 
  1. a thread that waits for one answer of one connection blocks in recv() on its socket:
-    a load costs one send and one recv;
+    a load costs one send and one recv, after some polling where answers come at once
+    (neo/lib/spin.py);
  2. else it polls the sockets it reads and its own eventfd;
  3. whoever is about to release the lock evaluates the conditions of the others that
     sleep, and wakes those whose condition became true;
@@ -48,6 +49,7 @@ from neo.lib.handler import Handler
 from neo.lib.logger import Logger
 from neo.lib.protocol import NodeType
 from neo.lib.runtime import T, Throttle, Timer
+from neo.lib.spin import Processors, Spin
 from neo.lib.tls import TLS
 from neo.lib.transport import CHUNK, DRAIN, SocketTransport
 from neo.lib.util import Address
@@ -118,6 +120,10 @@ class ShellTransport(SocketTransport):
         self.transactions = 0
         self.lazy_until = 0.0
         self.is_lazy = False  # in the list of those to be looked at then
+        self.spin = Spin(runtime.processors)
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        self.poll = poller.poll
         self.registered = 0  # events in the epoll of the background thread
 
     def _connected(self) -> None:
@@ -224,6 +230,7 @@ class ShellRuntime:
         self._timers: list[tuple[float, int, ShellTimer]] = []
         self._order = count()
         self.throttle = Throttle()
+        self.processors = Processors()
         self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.epoll.register(self._waker, select.EPOLLIN)
         self._thread: threading.Thread | None = None
@@ -422,9 +429,16 @@ class ShellRuntime:
         sock = transport.sock
         transport.in_recv = True
         data: bytes | None = b""
+        # Threads of the application would take the interpreter from each other.
+        alone = len(self._waiters) == 1
         self._lock.release()
         try:
-            data = sock.recv(CHUNK, 0)
+            if alone and transport.spin.look(transport.poll):
+                data = sock.recv(CHUNK, 0)
+            else:
+                start = time.monotonic()
+                data = sock.recv(CHUNK, 0)
+                transport.spin.slept(time.monotonic() - start)
         except BlockingIOError:  # the mode could not be changed in time
             data = None
         except OSError as error:

@@ -25,6 +25,7 @@ from .exception import BackendError
 from .handler import Closing, Handler
 from .logger import Logger
 from .runtime import T, Throttle, Timer
+from .spin import Processors, Spin
 from .tls import TLS
 from .transport import DRAIN, DRAINING_MAX, SocketTransport, new_socket
 from .util import Address
@@ -149,6 +150,7 @@ class EpollRuntime:
         self.tls = tls
         self.rng = random.Random()
         self.poller = select.epoll()
+        self._spin = Spin(Processors())
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.dirty: list[EpollTransport] = []
         self.draining: dict[EpollTransport, None] = {}
@@ -311,7 +313,7 @@ class EpollRuntime:
         if self._completed:
             timeout = 0
         try:
-            events = self.poller.poll(-1 if timeout is None else timeout)
+            events = self.poller.poll(0) if timeout == 0 else self._sleep(timeout)
         finally:
             self._asleep = False
         self._monotonic = time.monotonic()
@@ -330,6 +332,14 @@ class EpollRuntime:
         for _ in range(len(completed)):
             completed.popleft()()
         self.flush()
+
+    def _sleep(self, timeout: float | None) -> list[tuple[int, int]]:
+        events = self._spin.look(self.poller.poll)
+        if not events:
+            start = time.monotonic()
+            events = self.poller.poll(-1 if timeout is None else timeout)
+            self._spin.slept(time.monotonic() - start)
+        return events
 
     def flush(self) -> None:
         """Send what was queued."""
