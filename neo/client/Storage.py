@@ -7,21 +7,17 @@ values. Source: operations.md 11 to 13.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from os import getpid
-from pickle import PicklingError, loads
 from typing import Any
 
 from BTrees.LLBTree import LLBTree
-from persistent.TimeStamp import TimeStamp
 from ZODB import POSException, interfaces
-from ZODB._compat import dumps
-from ZODB.BaseStorage import BaseStorage, DataRecord, TransactionRecord
+from ZODB.BaseStorage import BaseStorage
 from ZODB.ConflictResolution import ConflictResolvingStorage
 from zope.interface import implementer
 
@@ -31,41 +27,38 @@ from neo.lib.config import MasterList, check_tls, masters
 from neo.lib.exception import ConfigurationError
 from neo.lib.logger import Logger
 from neo.lib.protocol import (
-    FEATURE_IMPORT,
     MAX_TID,
     ZERO_OID,
     ZERO_TID,
-    NodeType,
-    WaitForPack,
 )
 from neo.lib.runtime import ClientRuntime
 from neo.lib.tls import TLS
-from neo.lib.util import Address, add64, p64, tid_from_time, u64
+from neo.lib.util import Address, p64, tid_from_time, u64
 
 from . import iterator as iteration
-from . import shell
+from . import shell, undo
+from .answers import Refusal
 from .app import (
     CACHE_SIZE,
     OBJECT_SIZE_MAX,
     VOTE_TIMEOUT,
     ClientApp,
     ClientOptions,
-    Refusal,
-    offers,
 )
 from .exception import (
     NEOStorageDoesNotExistError,
     NEOStorageError,
     NEOStorageNotFoundError,
 )
-from .metadata import Information
-from .transactions import NO_DATA, Transaction, begin
+from .facade import AppFacade
+from .first_phase import NO_DATA
+from .importing import copy_transactions
+from .metadata import Information, describe, encode_metadata
+from .records import TransactionIterator
+from .transactions import Transaction, begin
 
 log = logging.getLogger(__name__)
 
-PACK_DESCRIPTION = b"IStorage.pack"
-# Imported transactions that are being finished at once.
-FLYING = 8
 _warned: set[str] = set()
 
 Factory = Callable[[], ClientRuntime]
@@ -322,7 +315,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """Current data and serial."""
         try:
             with self._runtime:
-                return self._core.load(oid)[:2]
+                return self._core.reader.load(oid)[:2]
         except NEOStorageNotFoundError:
             raise POSException.POSKeyError(oid) from None
 
@@ -340,7 +333,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See IStorage."""
         try:
             with self._runtime:
-                return self._core.load(oid, tid)
+                return self._core.reader.load(oid, tid)
         except NEOStorageDoesNotExistError:
             raise POSException.POSKeyError(oid) from None
         except NEOStorageNotFoundError:
@@ -350,7 +343,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See IStorage."""
         try:
             with self._runtime:
-                return self._core.load(oid, at=serial)[0]
+                return self._core.reader.load(oid, at=serial)[0]
         except NEOStorageNotFoundError:
             raise POSException.POSKeyError(oid) from None
 
@@ -358,13 +351,13 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See IPrefetchStorage: returns before the data are there."""
         oids = list(oids)  # may call us
         with self._runtime:
-            self._core.prefetch(oids, tid)
+            self._core.reader.prefetch(oids, tid)
 
     def new_oid(self) -> bytes:
         """See IStorage."""
         self._check_writable()
         with self._runtime:
-            return self._core.new_oid()
+            return self._core.oids.new()
 
     def history(
         self,
@@ -387,16 +380,9 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             for tid, length, info in rows:
                 if info is None:
                     continue
-                entry = {
-                    "time": TimeStamp(tid).timeTime(),
-                    "user_name": info[1],
-                    "description": info[2],
-                    "tid": tid,
-                    "version": "",
-                    "size": length,
-                }
+                entry = describe(info) | {"tid": tid, "version": "", "size": length}
                 if filter is None or filter(entry):
-                    result.append({**_extension(info[3]), **entry})
+                    result.append(entry)
             if len(rows) < last - first:
                 break
             first = last
@@ -412,14 +398,8 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         if last < 0:
             last = first - last
 
-        def describe(info: Information) -> dict[str, Any]:
-            return {
-                **_extension(info[3]),
-                "id": info[0],
-                "time": TimeStamp(info[0]).timeTime(),
-                "user_name": info[1],
-                "description": info[2],
-            }
+        def entry(info: Information) -> dict[str, Any]:
+            return describe(info) | {"id": info[0]}
 
         keep = None
         if filter is not None:
@@ -427,10 +407,10 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
             def keep(info: Information) -> object:
                 extra = {"packed": info[4], "oids": info[5]}
-                return accept({**describe(info), **extra})
+                return accept(entry(info) | extra)
 
         with self._runtime:
-            return iteration.undo_log(self._core, first, last, describe, keep)
+            return iteration.undo_log(self._core, first, last, entry, keep)
 
     def iterator(
         self, start: bytes | None = None, stop: bytes | None = None
@@ -459,7 +439,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
                             break
                     if not upcoming:
                         raise ValueError("no more record")
-                    self._core.prefetch(upcoming, MAX_TID)
+                    self._core.reader.prefetch(upcoming, MAX_TID)
             oid = upcoming.popleft()
             following = upcoming[0] if upcoming else None
             try:
@@ -499,7 +479,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             raise POSException.StorageTransactionError(
                 "Duplicate tpc_begin calls for same transaction"
             )
-        metadata = _metadata(transaction)
+        metadata = encode_metadata(transaction)
         with self._runtime:
             txn = begin(self._core, *metadata, tid)
             self._transactions[id(transaction)] = transaction, txn
@@ -553,7 +533,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             data_serial = None
             if prev_txn is not None and data is not None:
                 with contextlib.suppress(KeyError):
-                    former, origin = self._core.record(oid, prev_txn)
+                    former, origin = self._core.reader.record(oid, prev_txn)
                     if former == data:
                         data_serial = origin or prev_txn
             txn.restore(
@@ -630,14 +610,14 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         """See IStorageUndoable; returns the oids. Conflicts may surface at vote."""
         self._check_writable()
         txn = self._transaction_of(transaction)
-        tid = _undo_tid(transaction_id)
+        tid = undo.tid_of(transaction_id)
         if txn.oids:
             self._wait_stores(txn)  # the storages must know what is undone already
         with self._runtime:
-            plan = txn.undo_plan(tid)
+            plan = undo.plan(txn, tid)
         for oid, (current, former, is_current) in plan.items():
             with self._runtime:
-                data = None if former is None else txn.data_of(oid, former)
+                data = None if former is None else undo.data_of(txn, oid, former)
             data_serial = former
             if not is_current:
                 data = self._resolve_undo(txn, oid, tid, current, data)
@@ -659,7 +639,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         data: bytes | None,
     ) -> bytes:
         with self._runtime:
-            current_data = txn.data_of(oid, current)
+            current_data = undo.data_of(txn, oid, current)
         if data is None or current_data is None:
             raise POSException.UndoError("no undo information for object", oid)
         try:
@@ -686,34 +666,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
 
     def copyTransactionsFrom(self, source: Any, verbose: bool = False) -> None:
         """Import all transactions of another storage, with their tids."""
-        flight = Flight(self)
-        try:
-            for transaction in source.iterator():
-                if verbose:
-                    log.info("%s", TimeStamp(transaction.tid))
-                self.tpc_begin(transaction, transaction.tid, transaction.status)
-                try:
-                    for r in transaction:
-                        flight.before_reading(r.data_txn)
-                        self.restore(
-                            r.oid, r.tid, r.data, r.version, r.data_txn, transaction
-                        )
-                    flight.before_voting(self._transaction_of(transaction))
-                    self.tpc_vote(transaction)
-                    flight.take_off(transaction)
-                except BaseException:
-                    self.tpc_abort(transaction)
-                    raise
-                flight.land(flight.size)
-        except Exception:
-            flight.land()
-            raise
-        except BaseException:
-            # Interrupted: it matters more than what becomes of the last ones.
-            with contextlib.suppress(POSException.POSError):
-                flight.land()
-            raise
-        flight.land()
+        copy_transactions(source, self, verbose=verbose)
 
     def _remember_imported(self, txn: Transaction, tid: bytes) -> None:
         """What an import is based on after this transaction."""
@@ -722,63 +675,6 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
             number = u64(oid)
             if number < 1 << 63:
                 imported[number] = serial
-
-
-class Flight:
-    """Imported transactions that are being finished.
-
-    The next one is begun and stored meanwhile, so that syncs are shared and nobody
-    waits for the others. They are finished in their order, also if something fails in
-    the middle: what is committed at last is the beginning of the source, which
-    another import continues.
-    """
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._flying: deque[tuple[Any, Transaction]] = deque()
-
-    def before_reading(self, tid: bytes | None) -> None:
-        """A transaction is about to be read."""
-        if tid is not None and any(txn.ttid == tid for _, txn in self._flying):
-            self.land()
-
-    def before_voting(self, txn: Transaction) -> None:
-        """Who waits for objects of others votes in vain before they are unlocked."""
-        if any(not txn.oids.keys().isdisjoint(other.oids) for _, other in self._flying):
-            txn.tried_early_vote = True
-
-    @property
-    def size(self) -> int:
-        """How many may fly while the next one begins."""
-        master = self._storage._core.master
-        return FLYING if master is not None and offers(master, FEATURE_IMPORT) else 0
-
-    def take_off(self, transaction: Any) -> None:
-        """Ask to finish what was voted."""
-        storage = self._storage
-        txn = storage._transaction_of(transaction)
-        if self._flying and not txn.follows(self._flying[-1][1]):
-            self.land()
-        with storage._runtime:
-            txn.ask_finish(None)
-            self._flying.append((transaction, txn))
-        storage._remember_imported(txn, transaction.tid)
-
-    def land(self, left: int = 0) -> None:
-        """Wait for all but so many, for all if there is an error, which is raised."""
-        errors = []
-        while len(self._flying) > left:
-            transaction, txn = self._flying.popleft()
-            try:
-                with self._storage._runtime:
-                    txn.finished()
-            except Exception as error:  # noqa: BLE001 raised below
-                errors.append(error)
-                left = 0  # the others have to end, too
-            finally:
-                self._storage._transactions.pop(id(transaction), None)
-        if errors:
-            raise errors[0]
 
 
 class _Unlocked:
@@ -798,227 +694,6 @@ class _Unlocked:
         """The simulator closes what is left."""
 
 
-# --- iteration ------------------------------------------------------------------------
-
-
-class TransactionIterator:
-    """Transactions of start <= tid <= stop; records may be read at any later time."""
-
-    def __init__(self, storage: Storage, start: bytes, stop: bytes) -> None:
-        self._storage = storage
-        self._start = start
-        self._stop = stop
-        self._read: deque[Record] = deque()
-        self._ended = start > stop
-
-    def __iter__(self) -> TransactionIterator:
-        return self
-
-    def __next__(self) -> Record:
-        if not self._read and not self._ended:
-            storage = self._storage
-            with storage._runtime:
-                part = iteration.transactions(storage._core, self._start, self._stop)
-            records = iteration.Records(storage._core, part)
-            for index, info in enumerate(part):
-                self._read.append(Record(storage, info, records, index))
-            if part:
-                self._start = add64(part[-1][0], 1)
-            else:
-                self._ended = True
-        if not self._read:
-            raise StopIteration
-        return self._read.popleft()
-
-    next = __next__
-
-    def close(self) -> None:
-        """Read no more."""
-        self._ended = True
-        self._read.clear()
-
-
-class Record(TransactionRecord):
-    """A transaction, iterable: its records."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        info: Information,
-        records: iteration.Records,
-        index: int,
-    ) -> None:
-        tid, user, description, extension, packed, _ = info
-        super().__init__(tid, "p" if packed else " ", user, description, extension)
-        self._storage = storage
-        self._records = records
-        self._index = index
-
-    def __iter__(self) -> Iterator[DataRecord]:
-        storage, tid = self._storage, self.tid
-        slices = self._records.of(self._index)
-        while True:
-            with storage._runtime:
-                rows = next(slices, None)
-            if rows is None:
-                return
-            for oid, data, data_serial in rows:
-                yield DataRecord(oid, tid, data, data_serial)
-
-
-# --- what other tools use -------------------------------------------------------------
-
-
-class AppFacade:
-    """`storage.app`. Source: operations.md 12.4."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self.nm = _Nodes(storage)
-
-    @property
-    def _core(self) -> ClientApp:
-        return self._storage._core
-
-    @property
-    def name(self) -> str:
-        """Name of the cluster."""
-        return self._core.options.cluster
-
-    @property
-    def ssl(self) -> TLS | None:
-        """Not None if TLS is used."""
-        return self._storage._tls
-
-    @property
-    def ssl_credentials(self) -> tuple[str, str, str] | None:
-        """Paths: ca, cert, key."""
-        return self._core.options.tls
-
-    @property
-    def last_tid(self) -> bytes | None:
-        """Last tid known, None before the first connection."""
-        return self._core.last_tid
-
-    @property
-    def wait_for_pack(self) -> bool:
-        """Whether pack() returns once the pack is completed."""
-        return self._core.wait_for_pack
-
-    @wait_for_pack.setter
-    def wait_for_pack(self, value: bool) -> None:
-        self._core.wait_for_pack = value
-
-    def oids(
-        self,
-        tid: bytes | None = None,
-        min_oid: bytes | None = None,
-        max_oid: bytes | None = None,
-    ) -> Iterator[bytes]:
-        """Ascending oids of the objects that have data as of `tid`."""
-        runtime = self._storage._runtime
-        slices = iteration.oids(self._core, tid, min_oid, max_oid)
-        while True:
-            with runtime:
-                part = next(slices, None)
-            if part is None:
-                return
-            yield from part
-
-    def setPackOrder(
-        self, transaction: Any, tid: bytes, oids: Iterable[bytes] | None = None
-    ) -> None:
-        """Attach a pack order to a transaction that is being committed."""
-        txn = self._storage._transaction_of(transaction)
-        txn.pack = None if oids is None else sorted(oids), tid
-
-    def pack(self, tid: bytes, oids: Iterable[bytes] | None = None) -> None:
-        """Commit a pack order; nothing happens if the database is empty."""
-        from ZODB.Connection import TransactionMetaData
-
-        storage = self._storage
-        tid = min(tid, storage.lastTransaction())
-        if tid == ZERO_TID:
-            return
-        transaction = TransactionMetaData(description=PACK_DESCRIPTION)
-        storage.tpc_begin(transaction)
-        try:
-            self.setPackOrder(transaction, tid, oids)
-            storage.tpc_vote(transaction)
-            order = storage.tpc_finish(transaction)
-        except BaseException:
-            storage.tpc_abort(transaction)
-            raise
-        if self.wait_for_pack:
-            with storage._runtime:
-                self._core.ask_master(WaitForPack, order)
-                self._core.cache.clear()
-
-
-class _Nodes:
-    """`storage.app.nm`."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def getMasterList(self) -> list[_Master]:
-        """The masters known."""
-        with self._storage._runtime:
-            nodes = self._storage._core.nm.of_type(NodeType.MASTER)
-            return [_Master(n.address) for n in nodes if n.address is not None]
-
-
-class _Master:
-    def __init__(self, address: Address) -> None:
-        self._address = address
-
-    def getAddress(self) -> Address:
-        """(host, port)."""
-        return self._address
-
-
-# --- translation ----------------------------------------------------------------------
-
-
-def _bytes(text: Any) -> bytes:
-    return text if isinstance(text, bytes) else str(text).encode()
-
-
-def _metadata(transaction: Any) -> tuple[bytes, bytes, bytes]:
-    """User, description and extension of a transaction as they are stored."""
-    extension = getattr(transaction, "extension_bytes", None)
-    if extension is None:
-        content = getattr(transaction, "extension", None)
-        try:
-            extension = dumps(content, 3) if content else b""
-        except PicklingError as error:
-            raise NEOStorageError(f"extension of the transaction: {error}") from error
-    return _bytes(transaction.user), _bytes(transaction.description), extension
-
-
-def _extension(data: bytes) -> dict[str, Any]:
-    """Extension of a transaction; {} if it can't be read."""
-    if not data:
-        return {}
-    try:
-        content = loads(data)
-    except Exception:  # noqa: BLE001 whatever an application has stored
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _committed(error: POSException.ConflictError) -> bytes | None:
     """Tid of the revision that was committed first."""
     return error.serials[0] if error.serials else None
-
-
-def _undo_tid(transaction_id: Any) -> bytes:
-    """Tid of an undo id, which may be in base64 as FileStorage's are."""
-    if isinstance(transaction_id, str):
-        transaction_id = transaction_id.encode("latin-1")
-    if len(transaction_id) != 8:
-        with contextlib.suppress(ValueError):
-            transaction_id = base64.decodebytes(transaction_id + b"\n")
-    if len(transaction_id) != 8:
-        raise POSException.UndoError("Invalid transaction id")
-    return bytes(transaction_id)

@@ -14,7 +14,8 @@ from neo.lib.connection import Connection
 from neo.lib.protocol import AbortTransaction, AskBeginTransaction
 
 if TYPE_CHECKING:
-    from .app import Answer, ClientApp
+    from .answers import Answer
+    from .app import ClientApp
 
 # Between the end of a commit and the next begin, for them to be in a row (seconds).
 PACE = 0.02

@@ -26,7 +26,8 @@ from neo.lib.protocol import (
 )
 from neo.lib.util import add64, p64
 
-from .app import ClientApp, Refusal
+from .answers import Refusal
+from .app import ClientApp
 from .exception import NEOStorageError
 from .metadata import Information, Known
 
@@ -51,7 +52,7 @@ def transactions(app: ClientApp, start: bytes, stop: bytes) -> list[Information]
     full = CHUNK if np == 1 else max(2, 2 * CHUNK // np)
     tids: list[bytes] = []
     horizon = stop
-    for answer in app.read_many(
+    for answer in app.reader.read_many(
         (p64(p), AskTIDsFrom, (start, stop, full, p)) for p in range(np)
     ):
         if isinstance(answer, Refusal):
@@ -67,7 +68,9 @@ def transactions(app: ClientApp, start: bytes, stop: bytes) -> list[Information]
 def information(app: ClientApp, tids: Sequence[bytes]) -> list[Information]:
     """Metadata of transactions; those that vanish are left out."""
     found: list[Information] = []
-    for answer in app.read_many((t, AskTransactionInformation, (t,)) for t in tids):
+    for answer in app.reader.read_many(
+        (t, AskTransactionInformation, (t,)) for t in tids
+    ):
         if not isinstance(answer, Refusal):
             found.append(answer)
             app.informations.add(answer)
@@ -98,7 +101,7 @@ class Records:
             # Who does not follow the order, gets no more than is asked.
             self._stop = index + 1 if self._streams else len(self._infos)
             self._streams += 1
-            self._answers = self._app.read_many(
+            self._answers = self._app.reader.read_many(
                 (
                     (oid, AskObject, (oid, info[0], None))
                     for info in islice(self._infos, index, self._stop)
@@ -113,7 +116,7 @@ class Records:
             rows: list[RecordRow] = []
             for answer in islice(answers, min(number, RECORDS)):
                 if not isinstance(answer, Refusal):
-                    rows.append((answer[0], *self._app.decode(answer)))
+                    rows.append((answer[0], *self._app.reader.decode(answer)))
                 elif answer.code not in (
                     ErrorCode.OID_NOT_FOUND,
                     ErrorCode.OID_DOES_NOT_EXIST,
@@ -132,7 +135,7 @@ def last_tids(app: ClientApp, first: int, last: int) -> list[bytes]:
     """Tids [first, last) of all transactions, the newest first."""
     app.connect()
     pages = []
-    for answer in app.read_many(
+    for answer in app.reader.read_many(
         (p64(p), AskTIDs, (0, last, p)) for p in range(app.pt.np)
     ):
         if isinstance(answer, Refusal):
@@ -174,7 +177,7 @@ def history(app: ClientApp, oid: bytes, first: int, last: int) -> list[Any]:
 
     Raises Refusal if there is no such object.
     """
-    _, rows = app.read(oid, AskObjectHistory, oid, first, last)
+    _, rows = app.reader.read(oid, AskObjectHistory, oid, first, last)
     get = app.informations.get
     found: dict[bytes, Known | None] = {tid: get(tid) for tid, _ in rows}
     unknown = [tid for tid, info in found.items() if info is None]
@@ -209,7 +212,7 @@ def oids(
             for p, following in next_by_partition.items()
             if following is not None and not read[p]
         ]
-        answers = app.read_many(
+        answers = app.reader.read_many(
             (p64(p), AskOIDsFrom, (p, PAGE, following, tid)) for p, following in missing
         )
         for (partition, _), answer in zip(missing, answers, strict=True):
@@ -242,7 +245,7 @@ def count(app: ClientApp) -> int:
     number = 0
     while following:
         parts = list(following.items())
-        answers = app.read_many(
+        answers = app.reader.read_many(
             (p64(p), AskOIDsFrom, (p, COUNT_PAGE, oid, tid)) for p, oid in parts
         )
         for (partition, _), answer in zip(parts, answers, strict=True):

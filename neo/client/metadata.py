@@ -1,4 +1,4 @@
-"""Metadata of transactions that were read lately.
+"""Metadata of transactions: as ZODB and storages have them, and what was read lately.
 
 The objects whose histories are shown together were often modified together; what is
 undone was in a log before. Metadata never change, and go away only when the database is
@@ -9,6 +9,13 @@ transaction is packed changes, and nobody asks that here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pickle import PicklingError, loads
+from typing import Any
+
+from persistent.TimeStamp import TimeStamp
+from ZODB._compat import dumps
+
+from .exception import NEOStorageError
 
 # tid, user, description, extension, packed, oids
 Information = tuple[bytes, bytes, bytes, bytes, bool, Sequence[bytes]]
@@ -45,3 +52,40 @@ class Informations:
     def clear(self) -> None:
         """The database may have another past now."""
         self._by_tid.clear()
+
+
+def _bytes(text: Any) -> bytes:
+    return text if isinstance(text, bytes) else str(text).encode()
+
+
+def encode_metadata(transaction: Any) -> tuple[bytes, bytes, bytes]:
+    """User, description and extension of a transaction as they are stored."""
+    extension = getattr(transaction, "extension_bytes", None)
+    if extension is None:
+        content = getattr(transaction, "extension", None)
+        try:
+            extension = dumps(content, 3) if content else b""
+        except PicklingError as error:
+            raise NEOStorageError(f"extension of the transaction: {error}") from error
+    return _bytes(transaction.user), _bytes(transaction.description), extension
+
+
+def describe(info: Known) -> dict[str, Any]:
+    """What the entries of history() and undoLog() have in common."""
+    return {
+        **_decode_extension(info[3]),
+        "time": TimeStamp(info[0]).timeTime(),
+        "user_name": info[1],
+        "description": info[2],
+    }
+
+
+def _decode_extension(data: bytes) -> dict[str, Any]:
+    """Extension of a transaction; {} if it can't be read."""
+    if not data:
+        return {}
+    try:
+        content = loads(data)
+    except Exception:  # noqa: BLE001 whatever an application has stored
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -27,7 +27,7 @@ STATES = {
     "incomplete transaction": "neo.master.transactions:Transactions._incomplete",
     "node expelled": "neo.master.app:Master.expel",
     "outcome asked of the master": "neo.master.transactions:Transactions.final_tid",
-    "outcome searched": "neo.client.transactions:Transaction._recover",
+    "outcome searched": "neo.client.outcome:find",
     "lock finished by verification": (
         "neo.storage.initialization:Initialization.validate_transaction"
     ),

@@ -49,8 +49,8 @@ TUNABLES: dict[str, tuple[int | float, ...]] = {
     "neo.storage.client:SLICE": (1, 5),
     "neo.storage.writer:LAZY_DELAY": (0, 10),
     "neo.master.transactions:ALIVE": (0.01,),
-    "neo.client.app:OIDS_BLOCK": (1, 3),
-    "neo.client.app:OIDS_LOW": (0,),
+    "neo.client.oids:OIDS_BLOCK": (1, 3),
+    "neo.client.oids:OIDS_LOW": (0,),
     "neo.client.app:CACHE_SIZE": (0, 1000),
 }
 

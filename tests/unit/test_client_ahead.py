@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from neo.client.ahead import PACE, UNUSED, Ahead
-from neo.client.app import Answer
+from neo.client.answers import Answer
 from neo.lib.connection import Connection
 from neo.lib.handler import Handler
 from neo.lib.protocol import (

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from ZODB.POSException import ReadConflictError
 
-from neo.client import transactions
-from neo.client.app import BIG, ClientApp, ClientOptions
+from neo.client import first_phase, transactions
+from neo.client.app import ClientApp, ClientOptions
 from neo.client.exception import (
     NEOStorageDoesNotExistError,
     NEOStorageError,
     NEOStorageTransientError,
     NEOStorageWrongChecksum,
 )
-from neo.client.Storage import Flight, Storage
+from neo.client.importing import Flight
+from neo.client.reader import BIG
+from neo.client.Storage import Storage
 from neo.lib.codec import Decoder, pack
 from neo.lib.connection import Connection
 from neo.lib.logger import Logger
@@ -270,7 +272,7 @@ def both(world: Fake, name: str, answer: Callable[..., list[tuple[Any, ...]]]) -
 def test_load_is_bounded_and_cached(world: Fake, app: ClientApp) -> None:
     both(world, "AskObject", lambda *_: [data(90, b"x")])
     for _ in range(2):
-        assert app.load(OID) == (b"x", p64(90), None)
+        assert app.reader.load(OID) == (b"x", p64(90), None)
     asked = [args for _, name, args in world.seen if name == "AskObject"]
     assert asked == [(OID, None, p64(101))]
 
@@ -283,7 +285,7 @@ def test_invalidation_during_load(world: Fake, app: ClientApp) -> None:
         return [data(90, b"x")]
 
     both(world, "AskObject", answer)
-    assert app.load(OID) == (b"x", p64(90), p64(103))
+    assert app.reader.load(OID) == (b"x", p64(90), p64(103))
     assert app.last_tid == p64(103)
     assert app.db.calls == [(p64(103), [OID])]
     assert app.cache.load(OID, p64(103)) == (b"x", p64(90), p64(103))
@@ -300,7 +302,7 @@ def test_events_while_big_data_are_unpacked(world: Fake, app: ClientApp) -> None
         return job()
 
     world.unlocked = invalidated  # type: ignore[method-assign]
-    assert app.load(OID) == (value, p64(90), p64(105))
+    assert app.reader.load(OID) == (value, p64(90), p64(105))
     assert app.cache.load(OID, p64(200)) is None
     assert app.cache.load(OID, p64(100)) is not None
 
@@ -310,15 +312,15 @@ def test_events_while_big_data_are_unpacked(world: Fake, app: ClientApp) -> None
 
     world.unlocked = lost  # type: ignore[method-assign]
     app.cache.clear()
-    assert app.load(OID, p64(101))[0] == value
+    assert app.reader.load(OID, p64(101))[0] == value
     assert app.cache.load(OID, p64(100)) is None
 
 
 def test_late_invalidation(world: Fake, app: ClientApp) -> None:
     """What is not notified yet does not end a revision, for the application."""
     both(world, "AskObject", lambda *_: [data(90, b"x", 103)])
-    assert app.load(OID, MAX_TID) == (b"x", p64(90), None)
-    assert app.load(OID, MAX_TID) == (b"x", p64(90), None)
+    assert app.reader.load(OID, MAX_TID) == (b"x", p64(90), None)
+    assert app.reader.load(OID, MAX_TID) == (b"x", p64(90), None)
 
 
 @pytest.mark.parametrize(
@@ -334,29 +336,29 @@ def test_other_replica(world: Fake, app: ClientApp, failure: tuple[Any, ...]) ->
     world.script[3, "AskObject"] = lambda *_: [data(90, b"x")]
     for _ in range(10):
         app.cache.clear()
-        assert app.load(OID) == (b"x", p64(90), None)
+        assert app.reader.load(OID) == (b"x", p64(90), None)
 
 
 def test_all_copies_damaged(world: Fake, app: ClientApp) -> None:
     bad = "AnswerObject", OID, p64(90), None, 0, bytes(20), b"bad", None
     both(world, "AskObject", lambda *_: [bad])
     with pytest.raises(NEOStorageWrongChecksum) as caught:
-        app.load(OID)
+        app.reader.load(OID)
     assert caught.value.args == (OID, p64(90))
 
 
 def test_missing(world: Fake, app: ClientApp) -> None:
     both(world, "AskObject", lambda *_: [("Error", 5, b"")])
     with pytest.raises(NEOStorageDoesNotExistError):
-        app.load(OID)
-    assert not app.loads
+        app.reader.load(OID)
+    assert not app.reader.loads
 
 
 @pytest.mark.parametrize("last", [100, 105, 95])
 def test_reconnection(world: Fake, app: ClientApp, last: int) -> None:
     """Scenarios 108, 109: the cache keeps what is still true."""
     both(world, "AskObject", lambda *_: [data(90, b"x", 95), data(95, b"y")][:1])
-    app.load(OID, p64(95))
+    app.reader.load(OID, p64(95))
     app.cache.store(OID, b"y", p64(95), None)
     world.last_tid = p64(last)
     world.transports[MASTER].conn.lost("test")
@@ -418,18 +420,18 @@ def test_oids_of_a_former_master(world: Fake, app: ClientApp) -> None:
     world.script[1, "AskNewOIDs"] = lambda *_: [
         ("AnswerNewOIDs", [p64(n) for n in blocks.pop(0)])
     ]
-    oids = [app.new_oid() for _ in range(80)]
+    oids = [app.oids.new() for _ in range(80)]
     assert oids == [p64(n) for n in range(1, 81)]
     txn = begin(app)
-    txn.store(oids[0], ZERO_TID, b"", transactions.NO_DATA)
+    txn.store(oids[0], ZERO_TID, b"", first_phase.NO_DATA)
     txn.abort()
     world.transports[MASTER].conn.lost("closed by the test")
-    assert app.new_oid() == p64(201)
+    assert app.oids.new() == p64(201)
     txn = begin(app)
     with pytest.raises(NEOStorageTransientError, match="somebody else"):
-        txn.store(oids[1], ZERO_TID, b"", transactions.NO_DATA)
-    txn.store(oids[1], p64(90), b"", transactions.NO_DATA)  # committed long ago
-    txn.store(p64(201), ZERO_TID, b"", transactions.NO_DATA)
+        txn.store(oids[1], ZERO_TID, b"", first_phase.NO_DATA)
+    txn.store(oids[1], p64(90), b"", first_phase.NO_DATA)  # committed long ago
+    txn.store(p64(201), ZERO_TID, b"", first_phase.NO_DATA)
     txn.abort()
 
 
@@ -481,7 +483,7 @@ def test_starvation_takes_the_lock(world: Fake, app: ClientApp) -> None:
             txn.store_resolved(OID, tid, b"m", record)
         if txn.wait_stores():
             break
-    assert resolved <= transactions.ATTEMPTS + 1
+    assert resolved <= first_phase.ATTEMPTS + 1
     assert not txn.locked
 
 
@@ -585,7 +587,7 @@ def test_too_many_objects(
     world: Fake, app: ClientApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scenario 78: refused before storages do, and for good."""
-    monkeypatch.setattr(transactions, "MAX_TRANSACTION_OIDS", 2)
+    monkeypatch.setattr(first_phase, "MAX_TRANSACTION_OIDS", 2)
     txn = begin(app)
     for oid in (1, 2, 2):
         txn.store(p64(oid), ZERO_TID, b"x", (0, sha1(b"x").digest(), b"x"))

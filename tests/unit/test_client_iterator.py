@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from neo.client import iterator, metadata
-from neo.client.app import Refusal
+from neo.client.answers import Refusal
 from neo.client.exception import NEOStorageError
 from neo.client.metadata import Information, Informations
 from neo.lib.protocol import ErrorCode
@@ -16,9 +16,13 @@ from neo.lib.util import p64
 
 
 class App:
-    """Answers each request when it is its turn; `asked` has them in order."""
+    """Answers each request when it is its turn; `asked` has them in order.
+
+    It is its own `reader`.
+    """
 
     def __init__(self) -> None:
+        self.reader = self
         self.asked: list[tuple[int, int]] = []
         self.refused: dict[int, int] = {}
         self.informations = Informations()

@@ -140,7 +140,7 @@ class Cluster:
             for number in numbers:
                 oid = p64(number + 1)
                 try:
-                    data, serial, _ = app.load(oid)
+                    data, serial, _ = app.reader.load(oid)
                 except NEOStorageNotFoundError:
                     data, serial = b"0", ZERO_TID
                 base[oid] = serial
@@ -173,8 +173,8 @@ class Cluster:
     def resolve(self, app: ClientApp, t: Transaction, version: Any, tid: bytes) -> None:
         if version.origin == ZERO_TID:
             raise ConflictError("created by two")
-        old = int(app.load(version.oid, at=version.origin)[0])
-        committed = int(app.load(version.oid, at=tid)[0])
+        old = int(app.reader.load(version.oid, at=version.origin)[0])
+        committed = int(app.reader.load(version.oid, at=tid)[0])
         value = committed + int(version.data) - old
         data = b"%d" % value
         record = (0, sha1(data).digest(), data)

@@ -259,8 +259,8 @@ BUGS = (
     Bug(
         "the last tid comes before the invalidation of the cache",
         f"{CLIENT}.invalidate",
-        "self.invalidate_cache(tid, oids)",
-        "self.runtime.call_later(0.01, lambda: self.invalidate_cache(tid, oids))",
+        "self.reader.invalidate(tid, oids)",
+        "self.runtime.call_later(0.01, lambda: self.reader.invalidate(tid, oids))",
     ),
     Bug(
         "the cache is kept over a reconnection",
@@ -270,14 +270,14 @@ BUGS = (
     ),
     Bug(
         "loads in progress hear of no invalidation",
-        f"{CLIENT}.invalidate_cache",
+        "neo.client.reader:Reader.invalidate",
         "if oid in loads:",
         "if False:",
     ),
     Bug(
         "a lost answer to finish is taken for an abort",
-        f"{COMMIT}._recover",
-        "    app = self.app\n",
+        "neo.client.outcome:find",
+        "    monotonic = app.runtime.monotonic\n",
         "    raise NEOStorageTransientError('lost')\n",
     ),
     Bug(
