@@ -140,7 +140,7 @@ class Master:
         # OUT_OF_DATE cells, as (partition, nid), that replicate for their present
         # assignment; and those that have finished, to be told at once in the next turn.
         self.updatable: dict[tuple[int, int], None] = {}
-        self._replicated: dict[int, int] = {}  # partition -> nid
+        self._replicated: dict[tuple[int, int], None] = {}  # (partition, nid)
         self.transactions = Transactions(self)
         self.packs = PackOrders(self)
         self.identification = Identification(self)
@@ -440,34 +440,43 @@ class Master:
 
     def outdate(self, lost: int | None = None) -> None:
         """Cells of nodes that are not RUNNING are late from now on."""
+        running = self.nodes.running()
+        # Also those that were complete, if nobody could be told of that yet.
+        for cells in (self._replicated, self.updatable):
+            for cell in [cell for cell in cells if cell[1] not in running]:
+                del cells[cell]
         self.tell_replicated()
-        self.change_table(policy.outdate(self.pt.rows, self.nodes.running(), lost))
+        self.change_table(policy.outdate(self.pt.rows, running, lost))
 
     def replicated(self, partition: int, nid: int) -> None:
         """A cell says that it is complete; many do so at the same time."""
-        if self._replicated.get(partition, nid) != nid:
-            self.tell_replicated()
         if not self._replicated:
             self.runtime.call_later(0, self.tell_replicated)
-        self._replicated[partition] = nid
+        self._replicated[partition, nid] = None
 
     def tell_replicated(self) -> None:
-        """Make up to date what has finished its replication."""
-        if self.transactions.settling.owing:
-            return  # told when the present table is settled
-        done, self._replicated = self._replicated, {}
-        cells: list[policy.Cell] = []
-        for partition, nid in done.items():
-            # Else it was lost, or assigned anew, meanwhile.
-            if (partition, nid) in self.updatable and self.pt.state(
-                partition, nid
-            ) is CellState.OUT_OF_DATE:
-                cells += policy.replicated(
-                    self.pt.rows, self.pt.replicas, partition, nid
-                )
-        self.change_table(cells)
-        if cells:
-            self.packs.update()
+        """Make up to date what has finished its replication.
+
+        As long as the present table is not settled, nothing: called again then.
+        """
+        while self._replicated and not self.transactions.settling.owing:
+            done, self._replicated = self._replicated, {}
+            cells: list[policy.Cell] = []
+            partitions: dict[int, None] = {}
+            for partition, nid in done:
+                if partition in partitions:  # after what the first one changes
+                    self._replicated[partition, nid] = None
+                # Else it was lost, or assigned anew, meanwhile.
+                elif (partition, nid) in self.updatable and self.pt.state(
+                    partition, nid
+                ) is CellState.OUT_OF_DATE:
+                    partitions[partition] = None
+                    cells += policy.replicated(
+                        self.pt.rows, self.pt.replicas, partition, nid
+                    )
+            self.change_table(cells)
+            if cells:
+                self.packs.update()
 
     def clear_table(self) -> None:
         """Forget the partition table: storages will tell."""

@@ -360,10 +360,8 @@ class OperatingStorage(Storage):
         assert node.nid is not None
         if partition >= master.pt.np:
             raise ProtocolError("partition out of range")
-        state = master.pt.state(partition, node.nid)
-        if state is None:
-            raise ProtocolError(f"partition {partition} is not assigned")
-        if state is CellState.OUT_OF_DATE and (partition, node.nid) in master.updatable:
+        # Else it was assigned anew, or taken away, meanwhile.
+        if (partition, node.nid) in master.updatable:
             master.replicated(partition, node.nid)
 
     def notify_partition_corrupted(

@@ -34,7 +34,6 @@ from tests.unit.master_peers import (
     OUT,
     Disk,
     FakeClient,
-    FakeStorage,
     Outcome,
     Peer,
     U,
@@ -527,14 +526,65 @@ def test_a_replica_returns() -> None:
     assert world.table == "UU UU UU UO"
 
 
+def test_a_replica_is_lost_before_its_return_is_told() -> None:
+    """It waits for the disks of the others: meanwhile, commits go on without it."""
+    world = cluster(partitions=4)
+    client = world.client("C1")
+    world.sim.crash("S2")
+    world.until(lambda: world.table == "UO UO UO UO")
+    tid = commit(world, client, 1)
+    settling = world.master.transactions.settling
+    for lives in range(2):
+        world.start_storage("S2")
+        storage = world.storage("S2")
+        world.running()
+        world.settle()
+        world.call(storage, AskUnfinishedTransactions, [0])
+        first = world.master.nodes.by_nid(1)
+        assert first is not None
+        if not lives:
+            settling.owing[first] = world.master.runtime.monotonic()
+            world.tell(storage, NotifyReplicationDone, 0, tid)
+            world.sim.crash("S2")
+            world.until(lambda: 2 not in world.master.nodes.running())
+            settling.storage_lost(first)
+        world.settle()
+        assert world.table == "UO UO UO UO"
+
+
+def test_two_replicas_return_before_it_can_be_told() -> None:
+    world = cluster(3, replicas=2)
+    client = world.client("C1")
+    for name in ("S2", "S3"):
+        world.sim.crash(name)
+    world.until(lambda: world.table == "UOO UOO")
+    tid = commit(world, client, 1)
+    settling = world.master.transactions.settling
+    first = world.master.nodes.by_nid(1)
+    assert first is not None
+    for name in ("S2", "S3"):
+        world.start_storage(name)
+        world.running()
+        world.settle()
+        world.call(world.storage(name), AskUnfinishedTransactions, [0, 1])
+    settling.owing[first] = world.master.runtime.monotonic()
+    for name in ("S2", "S3"):
+        world.tell(world.storage(name), NotifyReplicationDone, 0, tid)
+    assert world.table == "UOO UOO"
+    settling.storage_lost(first)
+    assert world.table == "UUU UOO"
+
+
 def test_replication_of_what_is_not_assigned() -> None:
+    """A tweak took the cell away when it was just complete."""
     world = cluster(replicas=0)
     storage = world.storage("S1")
     assert world.table == "U. .U"
     lost = storage.lost
     world.tell(storage, NotifyReplicationDone, 1, ZERO_TID)
-    world.until(lambda: storage.lost > lost)
-    assert isinstance(storage, FakeStorage)
+    world.settle()
+    assert storage.lost == lost
+    assert world.table == "U. .U"
 
 
 # --- packs ------------------------------------------------------------------------
