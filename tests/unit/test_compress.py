@@ -75,6 +75,26 @@ def test_only_if_strictly_shorter() -> None:
     assert compress(NOISE[:5000], 9)[0] == RAW
 
 
+@pytest.mark.parametrize(
+    ("size", "level"), [(4095, 6), (4096, 4), (65535, 4), (65536, 1), (1 << 20, 1)]
+)
+def test_default_level(size: int, level: int) -> None:
+    """Which depends on the size; a level that was asked for does not."""
+    words = [sha1(b"%d" % i).hexdigest()[: 3 + i % 6].encode() for i in range(500)]
+    data = b" ".join(words[i * i % 499] + words[i % 500] for i in range(size // 4))
+    data = data[:size]
+    assert compress(data, -1) == compress(data, level)
+    assert compress(data, -1) != compress(data, 9)
+    assert len(compress(data, 9)[2]) <= len(compress(data, -1)[2])
+    assert decompress(*compress(data, -1)[::2]) == data
+
+
+def test_tiny_data_are_not_worth_it() -> None:
+    assert compress(bytes(64), -1)[0] == RAW
+    assert compress(bytes(64), 6)[0] == ZLIB
+    assert compress(bytes(65), -1)[0] == ZLIB
+
+
 def test_empty_data() -> None:
     checksum = bytes.fromhex("da39a3ee5e6b4b0d3255bfef95601890afd80709")
     assert compress(b"", -1) == (RAW, checksum, b"")
