@@ -17,18 +17,9 @@ from neo.lib.connection import LIMIT, Connection
 from neo.lib.handler import Handler
 from neo.lib.logger import Logger
 from neo.lib.protocol import BY_CODE, HANDSHAKE, Error, Packet, decode_extension
+from neo.lib.runtime import HeapTimer
 
 VECTORS = Path(__file__).parent / "vectors"
-
-
-class FakeTimer:
-    """An entry of FakeRuntime's heap."""
-
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
 
 
 class FakeRuntime:
@@ -40,7 +31,7 @@ class FakeRuntime:
         self.time = 1000.0
         self.connections: list[Connection] = []  # those that the node opened
         self.succeeded: list[Any] = []
-        self._timers: list[tuple[float, int, FakeTimer]] = []
+        self._timers: list[tuple[float, int, HeapTimer]] = []
         self._order = count()
 
     def now(self) -> float:
@@ -49,8 +40,8 @@ class FakeRuntime:
     def monotonic(self) -> float:
         return self.time
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> FakeTimer:
-        timer = FakeTimer(callback)
+    def call_later(self, delay: float, callback: Callable[[], object]) -> HeapTimer:
+        timer = HeapTimer(callback)
         heapq.heappush(self._timers, (self.time + delay, next(self._order), timer))
         return timer
 

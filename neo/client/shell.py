@@ -48,7 +48,7 @@ from neo.lib.connection import Connection
 from neo.lib.handler import Handler
 from neo.lib.logger import Logger
 from neo.lib.protocol import NodeType
-from neo.lib.runtime import T, Throttle, Timer
+from neo.lib.runtime import HeapTimer, T, Throttle
 from neo.lib.spin import Processors, Spin
 from neo.lib.tls import TLS
 from neo.lib.transport import CHUNK, DRAIN, SocketTransport
@@ -68,18 +68,6 @@ class ClientSocket(socket.socket):
 
     def recv(self, size: int, flags: int = MSG_DONTWAIT) -> bytes:
         return super().recv(size, flags)
-
-
-class ShellTimer(Timer):
-    """An entry of the heap."""
-
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
 
 
 class Waiter:
@@ -223,11 +211,11 @@ class ShellRuntime:
         # What to do after an exception in the middle of a dispatch.
         self.on_broken: Callable[[], object] = lambda: None
         self.gathering = Gathering(self)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._dispatching = False
         self._waiters: list[Waiter] = []
         self._spare: list[Waiter] = []
-        self._timers: list[tuple[float, int, ShellTimer]] = []
+        self._timers: list[tuple[float, int, HeapTimer]] = []
         self._order = count()
         self.throttle = Throttle()
         self.processors = Processors()
@@ -243,7 +231,7 @@ class ShellRuntime:
 
     def acquire(self) -> None:
         """Take the lock."""
-        self._lock.acquire()
+        self.lock.acquire()
 
     def release(self, send: bool = True) -> None:
         """Give it back, when what was queued is sent, or may be sent later."""
@@ -253,10 +241,10 @@ class ShellRuntime:
             if self._waiters:
                 self._notify()
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.lock.acquire()
 
     def __exit__(self, *error: object) -> None:
         self.release()
@@ -272,8 +260,8 @@ class ShellRuntime:
     def buggify(self, name: str) -> bool:
         return False
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> ShellTimer:
-        timer = ShellTimer(callback)
+    def call_later(self, delay: float, callback: Callable[[], object]) -> HeapTimer:
+        timer = HeapTimer(callback)
         due = time.monotonic() + delay
         heapq.heappush(self._timers, (due, next(self._order), timer))
         if due < self._wakes_at:
@@ -352,7 +340,7 @@ class ShellRuntime:
         try:
             return job()
         finally:
-            self._lock.acquire()
+            self.lock.acquire()
 
     def wait(
         self,
@@ -431,7 +419,7 @@ class ShellRuntime:
         data: bytes | None = b""
         # Threads of the application would take the interpreter from each other.
         alone = len(self._waiters) == 1
-        self._lock.release()
+        self.lock.release()
         try:
             if alone and transport.spin.look(transport.poll):
                 data = sock.recv(CHUNK, 0)
@@ -446,7 +434,7 @@ class ShellRuntime:
         else:
             reason = ""
         finally:
-            self._lock.acquire()
+            self.lock.acquire()
             transport.in_recv = False
             if transport.fd < 0:
                 sock.close()
@@ -479,11 +467,11 @@ class ShellRuntime:
         if deadline is not None:
             timeout = max(0.0, deadline - time.monotonic()) * 1000 + 1
         waiter.asleep = True
-        self._lock.release()
+        self.lock.release()
         try:
             events = poller.poll(timeout)
         finally:
-            self._lock.acquire()
+            self.lock.acquire()
             waiter.asleep = False
             if waiter.woken:
                 waiter.woken = False
@@ -567,7 +555,7 @@ class ShellRuntime:
             os.eventfd_write(self._waker, 1)
 
     def _run(self) -> None:
-        lock, epoll = self._lock, self.epoll
+        lock, epoll = self.lock, self.epoll
         events: list[tuple[int, int]] = []
         while True:
             with lock:
@@ -668,7 +656,7 @@ class ShellRuntime:
 
     def close(self) -> None:
         """Close what is left; the background thread ends."""
-        with self._lock:
+        with self.lock:
             self._stopped = True
             for transport in list(self.transports.values()):
                 transport.close()
@@ -682,7 +670,7 @@ class ShellRuntime:
             thread.join(10)
 
     def _release(self) -> None:
-        with self._lock:
+        with self.lock:
             if not self.epoll.closed:
                 self.epoll.close()
                 os.close(self._waker)
@@ -692,7 +680,7 @@ class ShellRuntime:
 
     def new_lock(self) -> None:
         """After a fork that nobody was told of: no thread is left that holds it."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def abandon(self) -> None:
         """After a fork, in the child: close descriptors, tell nobody, touch

@@ -24,7 +24,7 @@ from .connection import Connection
 from .exception import BackendError
 from .handler import Closing, Handler
 from .logger import Logger
-from .runtime import T, Throttle, Timer
+from .runtime import HeapTimer, T, Throttle
 from .spin import Processors, Spin
 from .tls import TLS
 from .transport import DRAIN, DRAINING_MAX, SocketTransport, new_socket
@@ -37,18 +37,6 @@ ACCEPT_RETRY = 1.0
 # Jobs that are shorter on average may run on the loop: a thread costs two wake-ups, 0.2
 # ms of a commit of 1.5 ms.
 INLINE_MAX = 1e-3
-
-
-class LoopTimer(Timer):
-    """An entry of the heap."""
-
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
 
 
 class EpollTransport(SocketTransport):
@@ -154,7 +142,7 @@ class EpollRuntime:
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.dirty: list[EpollTransport] = []
         self.draining: dict[EpollTransport, None] = {}
-        self._timers: list[tuple[float, int, LoopTimer]] = []
+        self._timers: list[tuple[float, int, HeapTimer]] = []
         self._order = count()
         self._throttle = Throttle()
         self._workers: dict[str, Worker] = {}
@@ -178,8 +166,8 @@ class EpollRuntime:
     def monotonic(self) -> float:
         return self._monotonic
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> LoopTimer:
-        timer = LoopTimer(callback)
+    def call_later(self, delay: float, callback: Callable[[], object]) -> HeapTimer:
+        timer = HeapTimer(callback)
         due = (time.monotonic() if delay else self._monotonic) + delay
         heapq.heappush(self._timers, (due, next(self._order), timer))
         return timer

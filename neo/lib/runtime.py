@@ -28,6 +28,18 @@ class Timer(Protocol):
         """Forget the call; harmless if it was made already."""
 
 
+class HeapTimer(Timer):
+    """An entry of a runtime's heap; without callback once it is cancelled."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
 class Runtime(Protocol):
     """All that a node may know of the outside world."""
 

@@ -44,6 +44,7 @@ from neo.lib.protocol import (
     SendPartitionTable,
     StartOperation,
 )
+from neo.lib.runtime import HeapTimer
 from neo.lib.util import p64
 from neo.storage.app import StorageNode, StorageOptions
 from neo.storage.database.memory import MemoryBackend
@@ -81,14 +82,6 @@ class Log:
         self.lines.append("flush")
 
 
-class Timer:
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
 class Transport:
     """The bytes of one connection; the other end is a Peer."""
 
@@ -122,7 +115,7 @@ class Harness:
         self.log = Log()
         self.rng = Random(0)
         self.time = 1000.0
-        self.timers: list[tuple[float, int, Timer]] = []
+        self.timers: list[tuple[float, int, HeapTimer]] = []
         self.order = count()
         self.jobs: list[tuple[str, Callable[[], Any], Callable[[Any], object]]] = []
         self.hold_jobs = self.hold_writer = False
@@ -152,8 +145,8 @@ class Harness:
     def monotonic(self) -> float:
         return self.time
 
-    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
-        timer = Timer(callback)
+    def call_later(self, delay: float, callback: Callable[[], object]) -> HeapTimer:
+        timer = HeapTimer(callback)
         heapq.heappush(self.timers, (self.time + delay, next(self.order), timer))
         return timer
 
