@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from threading import Thread, Timer, active_count
 from typing import Any
@@ -253,26 +254,37 @@ def test_big_transaction(cluster: Cluster, cache_size: int) -> None:
         assert storage.load(oids[-1]) == (oids[-1] * 10000, tid)
 
 
+@contextmanager
+def forked() -> Iterator[bool]:
+    """Fork. True in the child, which must come to the end of the block, and ends there;
+    false in the parent once it has.
+    """
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            yield True
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    yield False
+
+
 def test_fork(cluster: Cluster) -> None:
     """The child reconnects at its first use; the parent does not notice."""
     with cluster.client() as storage:
         oid, tid = create(storage)
         open_at_fork = TransactionMetaData()
         storage.tpc_begin(open_at_fork)
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
+        with forked() as in_child:
+            if in_child:
                 assert storage.lastTransaction() == tid
                 with pytest.raises(StorageTransactionError):
                     storage.tpc_vote(open_at_fork)
                 assert storage.load(oid) == (b"data", tid)
                 commit(storage, (oid, tid, b"child"))
                 storage.close()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
         storage.sync()
         assert storage.load(oid)[0] == b"child"
         storage.store(p64(next(_oids)), bytes(8), b"parent", "", open_at_fork)
@@ -286,18 +298,12 @@ def test_fork_of_storages_that_share(cluster: Cluster) -> None:
         oid, _ = create(storage)
         other = Storage("", "", _app=storage.app)
         assert other.load(oid)[0] == b"data"
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
+        with forked() as in_child:
+            if in_child:
                 commit(other, (oid, other.load(oid)[1], b"child"))
                 assert storage.load(oid)[0] == b"child"
                 assert other._core is storage._core
                 storage.close()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
         other.sync()
         assert other.load(oid)[0] == b"child"
         other.close()

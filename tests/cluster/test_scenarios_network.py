@@ -21,18 +21,27 @@ def network(world: World) -> Network:
     return world.network
 
 
+def reset_clients(world: World, names: list[str], rounds: range, pause: float) -> float:
+    """Reset the links of clients to these nodes, at most `pause` seconds apart; the
+    longest time without any commit.
+    """
+    net = network(world)
+    with world.measured() as m:
+        for i in rounds:
+            for name in names:
+                net.reset(f"client{i % 3 + 1}", name)
+            time.sleep(world.rng.uniform(0, pause))
+    return m.gap
+
+
 def test_13_reset_client_storage(tmp_path: Path) -> None:
     """The links of clients to storages are reset, again and again."""
     with World(tmp_path, network=True) as world:
-        net = network(world)
-        with world.measured() as m:
-            for i in times(60, 1000):
-                for storage in world.storage_names:
-                    net.reset(f"client{i % 3 + 1}", storage)
-                time.sleep(world.rng.uniform(0, 0.1))
+        gap = reset_clients(world, world.storage_names, times(60, 1000), 0.1)
         counts = world.audit()
-    report(13, "reset client-storage", resets=net.resets, gap=m.gap, **counts)
-    assert m.gap <= within(2)
+        resets = network(world).resets
+    report(13, "reset client-storage", resets=resets, gap=gap, **counts)
+    assert gap <= within(2)
 
 
 def test_13_reset_storage_master(tmp_path: Path) -> None:
@@ -59,15 +68,11 @@ def test_13_reset_storage_master(tmp_path: Path) -> None:
 def test_14_reset_client_master(tmp_path: Path) -> None:
     """The links of clients to the masters are reset, again and again."""
     with World(tmp_path, network=True) as world:
-        net = network(world)
-        with world.measured() as m:
-            for i in times(50, 1000):
-                for master in world.master_names:
-                    net.reset(f"client{i % 3 + 1}", master)
-                time.sleep(world.rng.uniform(0, 0.15))
+        gap = reset_clients(world, world.master_names, times(50, 1000), 0.15)
         counts = world.audit()
-    report(14, "reset client-master", resets=net.resets, gap=m.gap, **counts)
-    assert m.gap <= within(2)
+        resets = network(world).resets
+    report(14, "reset client-master", resets=resets, gap=gap, **counts)
+    assert gap <= within(2)
 
 
 LINKS = {

@@ -187,57 +187,43 @@ ssize_t write(int fd, const void *data, size_t size)
     END;
 }
 
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset)
-{
-    NEXT(pwrite);
-    CALL(ssize_t, WRITE, fd, fd, data, size, offset);
-    if (done > 0)
-        record(WRITE, 0, path, data, done, offset);
-    END;
-}
+#define PWRITE(name, offset_type) \
+    ssize_t name(int fd, const void *data, size_t size, offset_type offset) \
+    { \
+        NEXT(name); \
+        CALL(ssize_t, WRITE, fd, fd, data, size, offset); \
+        if (done > 0) \
+            record(WRITE, 0, path, data, done, offset); \
+        END; \
+    }
 
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset)
-{
-    NEXT(pwrite64);
-    CALL(ssize_t, WRITE, fd, fd, data, size, offset);
-    if (done > 0)
-        record(WRITE, 0, path, data, done, offset);
-    END;
-}
+PWRITE(pwrite, off_t)
+PWRITE(pwrite64, off64_t)
 
-int ftruncate(int fd, off_t size)
-{
-    NEXT(ftruncate);
-    CALL(int, TRUNCATE, fd, fd, size);
-    if (!done)
-        record(TRUNCATE, 0, path, 0, 0, size);
-    END;
-}
+#define FTRUNCATE(name, size_type) \
+    int name(int fd, size_type size) \
+    { \
+        NEXT(name); \
+        CALL(int, TRUNCATE, fd, fd, size); \
+        if (!done) \
+            record(TRUNCATE, 0, path, 0, 0, size); \
+        END; \
+    }
 
-int ftruncate64(int fd, off64_t size)
-{
-    NEXT(ftruncate64);
-    CALL(int, TRUNCATE, fd, fd, size);
-    if (!done)
-        record(TRUNCATE, 0, path, 0, 0, size);
-    END;
-}
+FTRUNCATE(ftruncate, off_t)
+FTRUNCATE(ftruncate64, off64_t)
 
-int fsync(int fd)
-{
-    NEXT(fsync);
-    CALL(int, SYNC, fd, fd);
-    record(SYNC, done ? errno : 0, path, 0, 0, 0);
-    END;
-}
+#define FSYNC(name) \
+    int name(int fd) \
+    { \
+        NEXT(name); \
+        CALL(int, SYNC, fd, fd); \
+        record(SYNC, done ? errno : 0, path, 0, 0, 0); \
+        END; \
+    }
 
-int fdatasync(int fd)
-{
-    NEXT(fdatasync);
-    CALL(int, SYNC, fd, fd);
-    record(SYNC, done ? errno : 0, path, 0, 0, 0);
-    END;
-}
+FSYNC(fsync)
+FSYNC(fdatasync)
 
 int unlink(const char *path)
 {

@@ -565,13 +565,18 @@ def test_time_in_which_the_process_did_not_run() -> None:
     assert conn.closed
 
 
-def test_peer_that_speaks_is_kept() -> None:
-    runtime, conn = watched()
-    for _ in range(50):
+def answer_pings(runtime: FakeRuntime, conn: Connection, seconds: int) -> None:
+    """The peer does nothing else."""
+    for _ in range(seconds):
         runtime.advance(1)
         for msg_id, code, _ in messages(conn):
             assert code == Ping.code
             feed(conn, msg_id, Pong)
+
+
+def test_peer_that_speaks_is_kept() -> None:
+    runtime, conn = watched()
+    answer_pings(runtime, conn, 50)
     assert not conn.closed
     assert conn.pending == 0
 
@@ -593,11 +598,7 @@ def test_answer_that_takes_long() -> None:
     runtime, conn = watched()
     conn.ask(AskNewOIDs, 1)
     messages(conn)
-    for _ in range(50):
-        runtime.advance(1)
-        for msg_id, code, _ in messages(conn):
-            assert code == Ping.code
-            feed(conn, msg_id, Pong)
+    answer_pings(runtime, conn, 50)
     assert not conn.closed
     assert conn.pending == 1
 

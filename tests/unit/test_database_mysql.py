@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
-from neo.lib.protocol import MAX_TID, ZERO_OID, ZERO_TID, CellState
+from neo.lib.protocol import ZERO_OID, CellState
 from neo.lib.util import p64
 from neo.storage.database import mysql, mysql_driver, open_backend
 from neo.storage.database.interface import Metadata, Store, Transaction, Value
@@ -27,6 +27,7 @@ from neo.storage.database.mysql import CHUNK, CHUNKED_MIN, MySQLBackend
 from neo.storage.database.mysql_driver import Location, Lost, parse_location, render
 from neo.storage.database.reader import LOST_HASH, decode_config
 from tests import mariadb
+from tests.unit.database_queries import execute_all
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 TABLES = [table.name for table in MySQLBackend.TABLES]
@@ -464,6 +465,8 @@ def test_big_values(databases: Databases, dedup: bool) -> None:
             found = reader.load(p64(n), before=p64(104))
             assert found is not None
             assert found[2:5] == (0, sha1(value).digest(), value)
+            wanted = [(p64(n), None, p64(104)), (p64(9), None, None)]
+            assert reader.load_many(wanted) == [found, None]
         assert db.history(p64(n), 0, 9)[-1] == (p64(100 + n), len(value))
     rows = "SELECT compression, HEX(value) FROM data WHERE compression > 1 ORDER BY id"
     chunks = [int(first[:8], 16) for _, first in db._query(rows)]
@@ -649,6 +652,7 @@ def test_round_trips(db: MySQLBackend) -> None:
     """As many as docs/databases.rst says."""
     text = (Path(__file__).parents[2] / "docs" / "databases.rst").read_text()
     table = dict(re.findall(r"^(\w[^\n]*?)  +(\d+)(?:  .*)?$", text, re.M))
+    db.load(ZERO_OID)  # which prepares the queries of this connection
     reader, writer = Counting(db._read_connection), Counting(db._connection)
     db._use(reader)
     db._connection = writer
@@ -689,6 +693,8 @@ def test_round_trips(db: MySQLBackend) -> None:
     ):
         assert db.load(p64(1), **args) or args
         found[name] = reader.take()
+    assert any(db.load_many([(p64(n), None, p64(300)) for n in range(100)]))
+    found["100 loads that come together"] = reader.take()
     assert found == {name: int(count) for name, count in table.items() if name in found}
     assert db._query("SELECT COUNT(*) FROM tobj") == [(0,)]
 
@@ -720,36 +726,11 @@ def test_queries_follow_an_index(databases: Databases) -> None:
     reader, writer = Counting(db._read_connection), Counting(db._connection)
     db._use(reader)
     db._connection = writer
-    o = ZERO_OID
-    db.load(o)
-    db.load(o, at=o)
-    db.load(o, before=MAX_TID)
-    db.last_tid_of(o)
-    db.has_revision(o, o)
-    db.history(o, 0, 9)
-    db.undo_serials(p64(100), MAX_TID, [o], {})
-    db.oids_from(0, 9, o, MAX_TID)
-    db.transaction(p64(100))
-    db.tids(0, 9, [0])
-    db.tids_from(0, o, MAX_TID, 9)
-    db.final_tid(p64(100))
-    db.last_ids([0])
-    db.object_keys(0, 9, ZERO_TID, MAX_TID, o)
-    db.begin(durable=False)
     db._batch = 0  # a statement in each packet
-    db.pack_partition(0, p64(101), o, 9)
-    db.pack_partition(0, p64(101), o, 9, [o])
-    db.add_object(o, p64(200), None, p64(129))
-    db.delete_object(o, p64(200))
-    db.vote(p64(102), [Store(o, p64(129), None)], None)
-    db.lock(p64(102), p64(202), False)
-    db.unlock(p64(102), p64(202))
-    db.prune_orphans(0, 9, False)
-    db.set_truncate_tid(p64(110))
-    db.truncate(9)
+    execute_all(db, 129)
     small = {"config", "pt", "pack", "ttrans", "tobj", "todel"}
     checked = 0
-    for packet in [*reader.packets, *writer.packets]:
+    for packet in [*map(executed, reader.packets), *writer.packets]:
         if packet.split()[0] not in (b"SELECT", b"DELETE", b"UPDATE", b"INSERT"):
             continue
         for row in db._read_connection.select(b"EXPLAIN " + packet):
@@ -763,6 +744,17 @@ def test_queries_follow_an_index(databases: Databases) -> None:
             checked += 1
     db.rollback()
     assert checked > 30
+
+
+def executed(packet: bytes) -> bytes:
+    """The query of which this is one, if it was prepared."""
+    if not packet.startswith(b"EXECUTE"):
+        return packet
+    _, name, _, args = packet.split(maxsplit=3)
+    marks = args.split(b", ")
+    sql = mysql_driver.preparing("x", MySQLBackend.LOADS[name.decode()])
+    *texts, last = sql.partition(b"FROM ")[2].strip(b"'").split(b"?")
+    return b"".join(map(b"".join, zip(texts, marks, strict=True))) + last
 
 
 def test_config_is_text(db: MySQLBackend) -> None:

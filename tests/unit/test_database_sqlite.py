@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
-from neo.lib.protocol import MAX_TID, ZERO_OID, ZERO_TID, CellState
+from neo.lib.protocol import ZERO_OID, CellState
 from neo.lib.util import p64
 from neo.storage.database import open_backend, sqlite
 from neo.storage.database.interface import Backend, Metadata, Store
 from neo.storage.database.memory import MemoryBackend
 from neo.storage.database.sqlite import Location, SQLiteBackend, parse_location
+from tests.unit.database_queries import execute_all
 
 
 def noise(size: int) -> bytes:
@@ -467,33 +468,8 @@ def test_queries_follow_an_index() -> None:
     start(db)
     queries: dict[str, None] = {}
     db._connection.set_trace_callback(lambda sql: queries.setdefault(sql))
-    o = ZERO_OID
-    db.load(o)
-    db.load(o, at=o)
-    db.load(o, before=MAX_TID)
-    db.last_tid_of(o)
-    db.has_revision(o, o)
-    db.history(o, 0, 9)
     add(db, 100)
-    db.undo_serials(p64(100), MAX_TID, [o], {})
-    db.oids_from(0, 9, o, MAX_TID)
-    db.transaction(p64(100))
-    db.tids(0, 9, [0])
-    db.tids_from(0, o, MAX_TID, 9)
-    db.final_tid(p64(100))
-    db.last_ids([0])
-    db.object_keys(0, 9, ZERO_TID, MAX_TID, o)
-    db.begin(durable=False)
-    db.pack_partition(0, MAX_TID, o, 9)
-    db.pack_partition(0, MAX_TID, o, 9, [o])
-    db.add_object(o, p64(101), None, p64(100))
-    db.delete_object(o, p64(101))
-    db.vote(p64(102), [Store(o, p64(100), None)], None)
-    db.lock(p64(102), p64(102), False)
-    db.unlock(p64(102), p64(102))
-    db.prune_orphans(0, 9, False)
-    db.set_truncate_tid(p64(101))
-    db.truncate(9)
+    execute_all(db, 100)
     db.commit()
     db._connection.set_trace_callback(None)
     checked = 0
