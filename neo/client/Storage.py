@@ -162,6 +162,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._pid: int = origin._pid
         self._core: ClientApp = origin._core
         self._own_runtime: Any = origin._own_runtime
+        self._lock: Any = origin._lock
 
     def _make_runtime(self) -> ClientRuntime:
         assert self._logger is not None
@@ -177,6 +178,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         else:
             # One thread at a time runs in a simulation.
             self._own_runtime = _Unlocked(runtime)
+        self._lock = self._own_runtime.lock
         self._pid = getpid()
 
     # --- fork -------------------------------------------------------------------------
@@ -208,6 +210,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         if self._pid == getpid():
             return
         self._own_runtime.new_lock()
+        self._lock = self._own_runtime.lock
         if self._core.closed:
             self._pid = getpid()
         else:
@@ -331,6 +334,13 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self, oid: bytes, tid: bytes
     ) -> tuple[bytes, bytes, bytes | None] | None:
         """See IStorage."""
+        if self._pid == getpid():
+            # What is in the cache makes nobody send or wake up, for which the Runtime
+            # would look when it is left.
+            with self._lock:
+                cached = self._core.reader.cached(oid, tid)
+            if cached is not None:
+                return cached
         try:
             with self._runtime:
                 return self._core.reader.load(oid, tid)
@@ -683,6 +693,7 @@ class _Unlocked:
     def __init__(self, runtime: ClientRuntime) -> None:
         self.runtime = runtime
         self.gathering = self
+        self.lock = self
 
     def __enter__(self) -> None:
         """Nothing to take."""

@@ -58,13 +58,13 @@ class ClientCache:
 
     __slots__ = (
         "_hits",
-        "_loads",
         "_newest",
         "_next_expire",
         "_queues",
         "_size",
         "_time",
         "life_time",
+        "loads",
         "max_history_size",
         "max_size",
     )
@@ -78,7 +78,7 @@ class ClientCache:
         self.max_size = max_size
         self.max_history_size = max_history_size
         self.life_time = life_time
-        self._loads = self._hits = self._time = 0
+        self.loads = self._hits = self._time = 0
         self.clear()
 
     def clear(self) -> None:
@@ -99,7 +99,7 @@ class ClientCache:
 
     def load(self, oid: bytes, before: bytes | None = None) -> Revision | None:
         """Last revision older than `before` (None: the current one); None: a miss."""
-        self._loads += 1
+        self.loads += 1
         if before is None:
             before = INVALID_TID
         entry = self._newest.get(oid)
@@ -119,7 +119,7 @@ class ClientCache:
 
     def load_exact(self, oid: bytes, tid: bytes) -> Revision | None:
         """Revision made at `tid`, or None: a miss."""
-        self._loads += 1
+        self.loads += 1
         entry = self._find(oid, tid)
         if entry is None or entry.data is None:
             return None
@@ -308,9 +308,9 @@ class ClientCache:
         return sum(map(len, self._queues[1:]))
 
     def __repr__(self) -> str:
-        hits = f" ({self._hits / self._loads:.1%} hit)" if self._loads else ""
+        hits = f" ({self._hits / self.loads:.1%} hit)" if self.loads else ""
         return (
-            f"<{type(self).__name__} #loads={self._loads}{hits}"
+            f"<{type(self).__name__} #loads={self.loads}{hits}"
             f" #oids={len(self._newest)} size={self._size} time={self._time}"
             f" queue_length={list(map(len, self._queues))}"
             f" (life_time={self.life_time} max_history_size={self.max_history_size}"

@@ -22,6 +22,7 @@ from neo.lib.node import nid_str
 from neo.lib.protocol import (
     FEATURE_CHECK,
     ZERO_HASH,
+    ZERO_TID,
     AskObject,
     ErrorCode,
     NotifyDamaged,
@@ -75,6 +76,7 @@ class Reader:
     def __init__(self, app: ClientApp) -> None:
         self.app = app
         self.loads: dict[bytes, Load] = {}
+        self._last_tid, self._bound = ZERO_TID, ZERO_TID  # the one after the other
 
     def _order(self, partition: int) -> Sequence[int]:
         """Cells to read, best first. Source: behaviour.md 9.3."""
@@ -215,6 +217,26 @@ class Reader:
         return answer, None
 
     # --- objects ----------------------------------------------------------------------
+
+    def cached(
+        self, oid: bytes, before: bytes
+    ) -> tuple[bytes, bytes, bytes | None] | None:
+        """What `load` returns, if it is in the cache; else None, without a reason."""
+        app = self.app
+        last_tid = app.last_tid
+        if last_tid is None or app.closed:
+            return None
+        if before > last_tid:
+            if self._last_tid is not last_tid:
+                self._last_tid, self._bound = last_tid, add64(last_tid, 1)
+            before = self._bound
+        cache = app.cache
+        entry = cache.load(oid, before)
+        if entry is None:
+            cache.loads -= 1  # `load` will count it
+        elif (end := entry[2]) is not None and end > last_tid:
+            return entry[0], entry[1], None
+        return entry
 
     def load(
         self, oid: bytes, before: bytes | None = None, at: bytes | None = None
