@@ -220,8 +220,9 @@ class Identification(Handler):
         if claim.address in empty or _is_spare(claim):
             return None
         if node.address in empty or node.extra.get("spare"):
+            nid = node.nid
             node.connection.close("its nid belongs to another storage")
-            return node
+            return self.master.nodes.by_nid(nid)  # it may be forgotten now
         raise ProtocolError(f"duplicated node id: {nid_str(node.nid)} is connected")
 
     def turn_spares_away(self) -> None:
@@ -234,8 +235,9 @@ class Identification(Handler):
         for node in master.nodes.identified(NodeType.STORAGE):
             if node.extra.get("spare") and node.nid in readable:
                 node.connection.close("its nid belongs to another storage")
-                master.nodes.set_address(node, None)
-                master.tell_nodes([node])
+                if node in master.nodes:
+                    master.nodes.set_address(node, None)
+                    master.tell_nodes([node])
 
     # --- by type ----------------------------------------------------------------------
 
