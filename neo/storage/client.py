@@ -47,6 +47,8 @@ UNDO_SLICE = 100
 # What is that short, is read on the loop.
 SHORT = 100  # revisions of an object, transactions of a partition
 SHORT_UNDO = 4  # oids
+# Loads of one query, of those that come together.
+LOADS = 100
 # Longest list that one request gets (its client asks for the rest).
 PAGE_MAX = 1 << 16
 
@@ -390,6 +392,65 @@ class ClientHandler(Handler):
 
     def ask_size(self, conn: Connection) -> None:
         conn.answer(AnswerSize, self.backend.size())
+
+
+class LoadsTogether(ClientHandler):
+    """For a database where a query costs more than what it reads.
+
+    Loads wait for the end of the turn of the loop: those of several clients, or of one
+    that asks for many objects in advance, are one query.
+    """
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__(operation)
+        self.wanted: list[tuple[Connection, int, Oid, Tid | None, Tid | None]] = []
+
+    def ask_object(
+        self, conn: Connection, oid: Oid, at: Tid | None, before: Tid | None
+    ) -> None:
+        if not self.wanted:
+            self.operation.runtime.call_later(0, self._load_wanted)
+        self.wanted.append((conn, conn.message_id, oid, at, before))
+
+    def _load_wanted(self) -> None:
+        wanted = [one for one in self.wanted if not one[0].closed]
+        self.wanted = []
+        if self.operation.is_over:
+            return
+        if len(wanted) == 1:
+            self._load_alone(*wanted[0])
+            return
+        for start in range(0, len(wanted), LOADS):
+            together = []
+            for one in wanted[start : start + LOADS]:
+                oid = one[2]
+                is_readable = self.access[_u64(oid)[0] % self.np] == READABLE
+                if is_readable and oid not in self.pending_by_oid:
+                    together.append(one)
+                else:
+                    self._load_alone(*one)
+            found = self.backend.load_many([one[2:] for one in together])
+            for (conn, msg_id, oid, _, _), revision in zip(
+                together, found, strict=True
+            ):
+                if revision is None:
+                    refuse(conn, msg_id, self._not_found(oid))
+                else:
+                    conn.send(AnswerObject, msg_id, (oid, *revision))
+
+    def _load_alone(
+        self,
+        conn: Connection,
+        msg_id: int,
+        oid: Oid,
+        at: Tid | None,
+        before: Tid | None,
+    ) -> None:
+        conn.message_id = msg_id
+        try:
+            super().ask_object(conn, oid, at, before)
+        except Refused as error:
+            refuse(conn, msg_id, error)
 
 
 def _reading_tids(

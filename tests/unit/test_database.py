@@ -27,6 +27,7 @@ from neo.storage.database.interface import (
     Store,
     Transaction,
     Value,
+    Wanted,
 )
 from neo.storage.database.memory import MemoryBackend
 from neo.storage.database.reader import decode_config
@@ -375,6 +376,25 @@ def test_load(db: Backend) -> None:
         assert reader.history(oid, 1, 2) == history[1:2]
         assert reader.history(oid, 0, 9, p64(107)) == history[1:]
         assert reader.count_oids(1, ZERO_OID, 5) == (1, None)
+
+
+def test_load_many(db: Backend) -> None:
+    """As one after the other."""
+    for tid in range(100, 160, 4):
+        add(db, tid, {n: f"{n} {tid}" for n in range(1, 40, tid % 7 + 1)})
+    add(db, 200, {1: None, 3: None})
+    wanted: list[Wanted] = [
+        (p64(oid), None, before)
+        for before in (None, p64(120), p64(0), p64(200), MAX_TID, INVALID_TID)
+        for oid in range(45)
+    ]
+    wanted += [(p64(oid), p64(104), None) for oid in range(9)]
+    wanted += [(HUGE, None, None), (HUGE, None, p64(1)), (p64(1), HUGE, None)]
+    for reader in db, db.background:
+        for some in wanted, wanted[::-1], wanted[:45], wanted[45:90], wanted[:1], []:
+            expected = [reader.load(*one) for one in some]
+            assert reader.load_many(some) == expected
+    assert sum(one is not None for one in db.load_many(wanted)) > 100
 
 
 @pytest.mark.parametrize("huge", [HUGE, INVALID_TID])

@@ -900,8 +900,88 @@ def test_spill_that_ends_after_the_vote(
 # --- reads ---------------------------------------------------------------------
 
 
-def test_reads_during_a_commit(h: Harness) -> None:
+def loading_together() -> Harness:
+    """As `h`, on a database where a query costs more than what it reads."""
+    backend = MemoryBackend()
+    backend.loads_together = True
+    harness = Harness(backend)
+    harness.operate()
+    return harness
+
+
+def test_loads_of_one_turn_are_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = loading_together()
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1", B: b"2"})
+    c.commit(T2, T2, {B: b"3"}, {B: T1})
+    c.store(T3, C, b"4")
+    c.vote(T3, C)
+    h.m.lock(T3, T4)
+    c.packets()
+    h.turn()
+    asked: list[int] = []
+    load_many = h.backend.load_many
+
+    def counting(wanted: Any) -> Any:
+        asked.append(len(wanted))
+        return load_many(wanted)
+
+    monkeypatch.setattr(h.backend, "load_many", counting)
+    wanted = [
+        (c, (A, None, None)),
+        (c, (B, None, T2)),
+        (d, (B, None, None)),
+        (d, (C, None, None)),  # waits
+        (d, (C, None, T4)),  # not yet
+        (c, (bytes(7) + b"\x50", None, None)),  # never
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "turn", lambda: None)
+        ids = [peer.send(AskObject, *args) for peer, args in wanted]
+    h.turn()
+    assert asked == [4]
+    h.m.unlock(T3)
+    h.advance(1)
+    answers = {
+        (peer, msg_id): args for peer in (c, d) for _, msg_id, args in peer.packets()
+    }
+    found = [
+        answers[peer, msg_id] for (peer, _), msg_id in zip(wanted, ids, strict=True)
+    ]
+    assert [args[1:3] for args in found[:4]] == [
+        (T1, None),
+        (T1, T2),
+        (T2, None),
+        (T4, None),
+    ]
+    assert [args[0] for args in found[4:]] == [
+        ErrorCode.OID_NOT_FOUND,
+        ErrorCode.OID_DOES_NOT_EXIST,
+    ]
+
+
+def test_load_of_a_client_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = loading_together()
+    c, d = h.client(), h.client(2)
+    c.store(T1, A, b"1")
+    c.vote(T1, A)
+    h.m.lock(T1, T1)
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "turn", lambda: None)
+        d.send(AskObject, A, None, None)
+    d.lose()
+    h.m.unlock(T1)
+    h.advance(1)
+    assert not d.packets()
+    c.packets()
+    assert c.load(A)[1] == T1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_reads_during_a_commit(h: Harness, together: bool) -> None:
     """Scenario 101, and 12.3: older revisions are answered at once."""
+    if together:
+        h = loading_together()
     c, d = h.client(), h.client(2)
     c.commit(T1, T1, {A: b"1"})
     c.store(T2, A, b"2", T1)

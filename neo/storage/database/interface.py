@@ -60,6 +60,10 @@ class Metadata(NamedTuple):
     pack: tuple[Sequence[Oid] | None, Tid] | None = None  # (oids or None, pack tid)
 
 
+#: what to load: oid, at, before; see `Reader.load`
+Wanted = tuple[Oid, Tid | None, Tid | None]
+
+
 class Transaction(NamedTuple):
     """A committed transaction, without its tid (1.3, 9.2)."""
 
@@ -134,6 +138,9 @@ class Reader(Protocol):
         None if there is none: `last_tid_of` then tells whether `oid` has any revision.
         One indexed read, whatever the length of the history. Source: 9.1.
         """
+
+    def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
+        """As `load` for each; one query if `Backend.loads_together`."""
 
     def spilled(self, data_id: int) -> Value:
         """The value that `Backend.spill` returned this id for, once committed."""
@@ -294,6 +301,7 @@ class Backend(Reader, Protocol):
     """One node's database. Opening it creates or migrates it; see `open_backend`."""
 
     dedup: bool  # whether equal values are stored once
+    loads_together: bool  # a query costs more than what it reads
     has_cheap_commits: bool  # a commit that is not durable waits for no disk
     metadata_max: int | None  # bytes of user, description or extension; None: any
     device: int  # st_dev of what holds the data, 0 if unknown: for `devpath` (2.6)

@@ -32,6 +32,7 @@ LOST = frozenset((1053, 1927, 2006, 2013, 2055, 4031))
 # Those that mean that the server isn't there, maybe not yet.
 ABSENT = LOST | {1040, 2002, 2003}
 LOCK_WAIT_TIMEOUT = 1205
+NOT_PREPARED = 1243
 # Types of columns that are not bytes; others have the numbers 245 to 255.
 INTEGERS = 0, 1, 2, 3, 8, 9, 246
 SOCKETS = "/run/mysqld/mysqld.sock", "/var/lib/mysql/mysql.sock", "/tmp/mysql.sock"
@@ -88,11 +89,14 @@ def translate(sql: str) -> bytes:
     return re.sub(r"\bpartition\b", "`partition`", sql).encode()
 
 
+_NUMBERED = re.compile(r"\?(\d+)")
+
+
 @lru_cache(1000)
 def filler(sql: str) -> Callable[[tuple[bytes, ...]], bytes]:
     """What puts literals where `sql` has `?`, or `?1`, `?2`... in any order."""
-    order = [int(number) - 1 for number in re.findall(r"\?(\d+)", sql)]
-    fill = translate(re.sub(r"\?\d+", "?", sql)).__mod__
+    order = [int(number) - 1 for number in _NUMBERED.findall(sql)]
+    fill = translate(_NUMBERED.sub("?", sql)).__mod__
     if not order:
         return fill
     arrange = itemgetter(*order)
@@ -102,6 +106,17 @@ def filler(sql: str) -> Callable[[tuple[bytes, ...]], bytes]:
 def render(sql: str, args: Sequence[object] = ()) -> bytes:
     """The text of a statement."""
     return filler(sql)(tuple([LITERALS[type(arg)](arg) for arg in args]))
+
+
+def preparing(name: str, sql: str) -> bytes:
+    """The statement that prepares `sql`, which has neither quotes nor `%`."""
+    text = translate(_NUMBERED.sub("?", sql)).replace(b"%b", b"?")
+    return b"PREPARE %b FROM '%b'" % (name.encode(), text)
+
+
+def executing(name: str, sql: str) -> str:
+    """The statement that executes what was prepared, with the same numbered marks."""
+    return f"EXECUTE {name} USING {', '.join(m[0] for m in _NUMBERED.finditer(sql))}"
 
 
 # --- drivers ------------------------------------------------------------------------

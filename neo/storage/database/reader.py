@@ -32,6 +32,7 @@ from .interface import (
     Tid,
     Transaction,
     Value,
+    Wanted,
 )
 
 Row = tuple[Any, ...]
@@ -53,6 +54,24 @@ def optional(ident: int | None) -> bytes | None:
 
 def split_oids(oids: bytes) -> list[Oid]:
     return [oids[i : i + 8] for i in range(0, len(oids), 8)]
+
+
+def revision(row: Row) -> Revision:
+    """What a row of one of the `LOAD_...` means."""
+    tid, next_tid, data_id, value_tid, compression, checksum, data = row
+    if data_id is None:
+        compression, checksum, data = None, ZERO_HASH, b""
+    elif type(checksum) is not bytes or type(data) is not bytes:
+        # Nobody takes it for good: as a value that is damaged, it can be restored.
+        compression, checksum, data = 0, LOST_HASH, b""
+    return (
+        p64(tid),
+        None if next_tid is None else p64(next_tid),
+        compression,
+        checksum,
+        data,
+        None if value_tid is None else p64(value_tid),
+    )
 
 
 def _bytes(value: object) -> bytes:
@@ -117,22 +136,10 @@ class SQLReader(ABC):
             rows = self._query(self.LOAD_AT, (partition, number, bound))
         else:
             rows = self._query(self.LOAD_LAST, (partition, number))
-        if not rows:
-            return None
-        tid, next_tid, data_id, value_tid, compression, checksum, data = rows[0]
-        if data_id is None:
-            compression, checksum, data = None, ZERO_HASH, b""
-        elif type(checksum) is not bytes or type(data) is not bytes:
-            # Nobody takes it for good: as a value that is damaged, it can be restored.
-            compression, checksum, data = 0, LOST_HASH, b""
-        return (
-            p64(tid),
-            None if next_tid is None else p64(next_tid),
-            compression,
-            checksum,
-            data,
-            None if value_tid is None else p64(value_tid),
-        )
+        return revision(rows[0]) if rows else None
+
+    def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
+        return [self.load(oid, at, before) for oid, at, before in wanted]
 
     SPILLED = "SELECT hash, value, compression FROM data WHERE id = ?"
 

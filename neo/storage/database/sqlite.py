@@ -154,6 +154,7 @@ class SQLiteBase(SQLBackend, SQLiteReader):
 
     background: SQLiteReader
     device = 0
+    loads_together = False
     has_cheap_commits = True
     metadata_max: int | None = None
 
