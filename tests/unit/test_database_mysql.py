@@ -699,6 +699,27 @@ def test_round_trips(db: MySQLBackend) -> None:
     assert db._query("SELECT COUNT(*) FROM tobj") == [(0,)]
 
 
+def test_dedup_looks_for_all_values_of_a_vote(databases: Databases) -> None:
+    db = databases.open(databases.new(), dedup=True)
+    start(db)
+    add(db, 100, b"before")
+    add(db, 104, b"\x00" * 9)
+    writer = Counting(db._connection)
+    db._connection = writer
+    values = [b"before", *[b"%d" % (n // 2) for n in range(98)], b"before"]
+    db.begin(durable=True)
+    stores = [Store(p64(n), None, val(value)) for n, value in enumerate(values)]
+    db.vote(p64(108), stores, Metadata(b"", b"", b"", []))
+    db.commit()
+    assert writer.take() == 2
+    run(db, "unlock", p64(108), p64(108))
+    assert [db.load(p64(n))[4] for n in range(100)] == values
+    assert db._query("SELECT COUNT(*) FROM data") == [(2 + 49,)]
+    run(db, "vote", p64(112), [Store(p64(0), None, val(b"48"))], None)
+    run(db, "abort", p64(112))
+    assert db._query("SELECT COUNT(*) FROM data") == [(2 + 49,)]
+
+
 def test_values_are_sent_in_packets_of_limited_size(db: MySQLBackend) -> None:
     writer = Counting(db._connection)
     db._connection = writer

@@ -24,6 +24,7 @@ import os
 import select  # noqa: TID251  # poll, never waiting
 import time  # noqa: TID251  # patience with a server that restarts
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from struct import Struct
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
 from neo.lib.util import p64, u64
 
 from . import schema
-from .interface import Oid, Revision, Tid, Value, Wanted
+from .interface import Metadata, Oid, Revision, Store, Tid, Value, Wanted
 from .mysql_driver import (
     ABSENT,
     LITERALS,
@@ -73,6 +74,7 @@ BATCH = 1 << 20
 RETRIES = 2  # of a read, each after a reconnection
 LOCK_S = 5  # patience with a node that is dead, but not for the server
 RECONNECT_S = 5.0  # patience with a server that restarts: less than that of peers
+EQUAL_AT_ONCE = 100  # values that are looked for by one query (dedup)
 CHUNKED_MIN = 1 << 24  # what MEDIUMBLOB can't hold
 CHUNK = 1 << 23
 CHUNKED = 0x80  # in `compression`: the value is in `bigdata`, and described here
@@ -390,6 +392,7 @@ class MySQLBackend(SQLBackend, MySQLReader):
         self._writing = False
         self._is_safe = True  # commits survive a crash
         self._has_chunks = False
+        self._equal: dict[tuple[bytes, int], list[Row]] = {}  # to values of this vote
         server = Server(database, adapter, self._engine)
         try:
             self._connection = server.first_connection(wait)
@@ -643,13 +646,40 @@ class MySQLBackend(SQLBackend, MySQLReader):
         super()._load_unfinished()
         self._has_chunks = bool(self.fetch("SELECT 1 FROM bigdata LIMIT 1"))
 
+    def vote(
+        self, ttid: Tid, stores: Sequence[Store], metadata: Metadata | None
+    ) -> None:
+        if self.dedup:
+            self._find_all_equal(stores)
+        super().vote(ttid, stores, metadata)
+        self._equal = {}
+
+    ALL_EQUAL = "SELECT hash, compression, id, value FROM data WHERE "
+    ONE_EQUAL = "hash = ? AND compression = ?"
+
+    def _find_all_equal(self, stores: Sequence[Store]) -> None:
+        self._equal = {(v[0], v[2]): [] for _, _, v in stores if isinstance(v, tuple)}
+        keys = [*self._equal]
+        for start in range(0, len(keys), EQUAL_AT_ONCE):
+            some = keys[start : start + EQUAL_AT_ONCE]
+            sql = self.ALL_EQUAL + " OR ".join([self.ONE_EQUAL] * len(some))
+            for checksum, code, *row in self.fetch(sql, list(chain(*some))):
+                self._equal[checksum, code].append(tuple(row))
+
+    def _find_equal(self, checksum: bytes, compression: int) -> Sequence[Row]:
+        found = self._equal.get((checksum, compression))
+        return super()._find_equal(checksum, compression) if found is None else found
+
     def _store_value(self, partition: int, value: Value, rows: list[Row]) -> int:
         checksum, data, compression = value
         if len(data) < CHUNKED_MIN:
-            return super()._store_value(partition, value, rows)
+            data_id = super()._store_value(partition, value, rows)
+            if (checksum, compression) in self._equal:
+                self._equal[checksum, compression] = [(data_id, data)]
+            return data_id
         code = compression | CHUNKED
         if self.dedup:
-            for data_id, descriptor in self.fetch(self.EQUAL_DATA, (checksum, code)):
+            for data_id, descriptor in self._find_equal(checksum, code):
                 other = self.fetch(self.CHUNKS, chunk_range(descriptor))
                 check_equal(
                     data_id, checksum, data, join_chunks(descriptor, other) or b""

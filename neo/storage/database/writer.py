@@ -196,7 +196,7 @@ class SQLWriter(SQLReader):
         """Data id of a value; its row is put in `rows`, or inserted at once (dedup)."""
         checksum, data, compression = value
         if self.dedup:
-            for data_id, other in self.fetch(self.EQUAL_DATA, (checksum, compression)):
+            for data_id, other in self._find_equal(checksum, compression):
                 check_equal(data_id, checksum, data, other)
                 return int(data_id)
         data_id = self._new_data_id(partition)
@@ -206,6 +206,10 @@ class SQLWriter(SQLReader):
         else:
             rows.append(row)
         return data_id
+
+    def _find_equal(self, checksum: bytes, compression: int) -> Sequence[Row]:
+        """(id, value) of what is in `data` with this checksum."""
+        return self.fetch(self.EQUAL_DATA, (checksum, compression))
 
     def _insert_value(self, partition: int, value: Value) -> int:
         rows: list[Row] = []
