@@ -302,6 +302,58 @@ def test_tables_are_those_of_the_format(databases: Databases, dedup: bool) -> No
         assert re.sub(r"AUTO_INCREMENT=\d+ ", "", text) == ours[table]
 
 
+@pytest.mark.parametrize("dedup", [False, True])
+def test_what_a_commit_adds_to_a_database_of_neoppod(
+    databases: Databases, dedup: bool
+) -> None:
+    """The rows that neoppod would have added, and nothing else changes."""
+
+    def image() -> dict[str, tuple[str, set[Any]]]:
+        return {
+            table: (re.sub(r"AUTO_INCREMENT=\d+ ", "", text), set(rows))
+            for table, (text, rows) in databases.server.image(name).items()
+        }
+
+    name = databases.new()
+    sample = SAMPLES / f"a-{'' if dedup else 'no'}dedup.mariadb.sql"
+    databases.server.execute_file(name, sample)
+    before = image()
+    databases.open(name).close()
+    assert image() == before
+    ttid, tid = 285290500000000001, 285290500000000013  # of one partition
+    undone = 285290378910551253  # of oid 9
+    (old,) = [r[3] for r in before["obj"][1] if r[1:3] == (9, undone)]
+    last = max(row[0] for row in before["data"][1] if row[0] >> 48 == 1)
+    db = databases.open(name)
+    stores = [
+        Store(p64(1), None, val(b"new")),
+        Store(p64(2), None, None),
+        Store(p64(9), p64(undone), None),
+    ]
+    meta = Metadata(b"user", b"description", b"extension", [p64(n) for n in (1, 2, 9)])
+    db.begin(durable=True)
+    db.vote(p64(ttid), stores, meta)
+    db.lock(p64(ttid), p64(tid), False)
+    db.commit()
+    voted = image()
+    run(db, "unlock", p64(ttid), p64(tid))
+    db.close()
+    records = [(1, 1, last + 1, None), (2, 2, None, None), (9, 9, old, undone)]
+    value = last + 1, sha1(b"new").digest(), 0, b"new"
+    oids = bytes.fromhex("000000000000000100000000000000020000000000000009")
+    texts = oids, b"user", b"description", b"extension", ttid
+    expected = {table: (text, set(rows)) for table, (text, rows) in before.items()}
+    expected["data"][1].add(value)
+    expected["tobj"][1].update((p, o, ttid, d, v) for p, o, d, v in records)
+    expected["ttrans"][1].add((ttid % 12, tid, 0, *texts))
+    assert voted == expected
+    expected["tobj"][1].clear()
+    expected["ttrans"][1].clear()
+    expected["obj"][1].update((p, o, tid, d, v) for p, o, d, v in records)
+    expected["trans"][1].add((tid % 12, tid, 0, *texts))
+    assert image() == expected
+
+
 def test_column_families_of_rocksdb(databases: Databases) -> None:
     mariadb.require("RocksDB")
     databases.open(engine="RocksDB", dedup=True)
