@@ -62,6 +62,8 @@ def free_port(host: str, preferred: int) -> int:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 sock.bind((host, port))
+            except OverflowError:
+                continue  # no such port
             except OSError as error:
                 problem = error.strerror or str(error)
                 continue
@@ -129,13 +131,15 @@ def new_shape(path: str, args: argparse.Namespace) -> Shape:
         raise ConfigurationError(
             f"cannot listen on {args.bind}:{args.port}: Address already in use"
         )
+    # Who chooses a port has several clusters: they would all want the default.
+    admin_port = args.port + len(masters) if args.port else ADMIN_PORT
     shape = Shape(
         name=args.name or "main",
         storages=storages,
         partitions=args.partitions or 12,
         replicas=replicas,
         masters=masters,
-        admin=(args.bind, free_port(args.bind, ADMIN_PORT)),
+        admin=(args.bind, free_port(args.bind, admin_port)),
         adapter=args.adapter or "SQLite",
     )
     temporary = f"{path}.new"
@@ -338,7 +342,8 @@ def build_parser() -> Parser:
     add("--bind", default="127.0.0.1", metavar="HOST",
         help="numeric address to listen on (default: 127.0.0.1)")  # fmt: skip
     add("--port", type=port_number, metavar="PORT",
-        help=f"port of the first master (default: {MASTER_PORT} if free)")  # fmt: skip
+        help=f"port of the first master; the others and the admin follow"
+        f" (default: {MASTER_PORT}, {ADMIN_PORT} for the admin, if free)")  # fmt: skip
     add("--adapter", choices=("SQLite", "MySQL"),
         help="database of the storages (default: SQLite); MySQL: a private MariaDB"
         " server, which must be installed")  # fmt: skip

@@ -7,6 +7,7 @@ cluster starts in a fraction of a second; each runs the `main()` of its command.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import mmap
 import multiprocessing
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
@@ -59,12 +60,48 @@ def until(
     return result
 
 
+class Ports:
+    """Ports that no other process picks while this one lives.
+
+    The system gives those of its range to whoever connects or binds to any: such a port
+    would not stay free until a node binds to it, or while the node restarts. So they
+    are of a block outside of this range, which is locked by a socket with its number.
+    """
+
+    FIRST, BLOCK = 10240, 256
+
+    def __init__(self) -> None:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            low, high = map(int, file.read().split())
+        blocks = range(self.FIRST, 0x10000, self.BLOCK)
+        quiet = [b for b in blocks if b + self.BLOCK <= low or b > high]
+        self._lock = socket.socket(socket.AF_UNIX)
+        for block in quiet or blocks:
+            with contextlib.suppress(OSError):
+                self._lock.bind(f"\0neo-test-ports-{block}")
+                break
+        else:
+            raise AssertionError("too many tests at once")
+        self._ports = cycle(range(block, min(block + self.BLOCK, 0x10000)))
+
+    def next(self) -> int:
+        """The next one that nobody listens on."""
+        for port in islice(self._ports, self.BLOCK):
+            with socket.socket() as sock, contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(("", port))
+                return port
+        raise AssertionError("no free port")
+
+
+@functools.cache
+def _ports() -> Ports:
+    return Ports()
+
+
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that nobody listens on, and nobody else will."""
+    return _ports().next()
 
 
 def listening(address: Address) -> bool:
