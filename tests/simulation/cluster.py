@@ -1,12 +1,12 @@
 """Whole clusters in the simulator: real masters, storages, admins and clients.
 
-Each storage node has a `Disk`, which keeps what is durable, and what a disk might have
-kept besides, for the case that its machine dies.
+It checks promise P7 (testing.md) at the moment when a primary master is about to tell
+that a transaction is committed: all of it is, durably, on the disks of all readable
+cells. It stays so: what becomes readable, or serves again, has all that was told.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any, ParamSpec, TypeVar
 from neo.admin.app import Admin, AdminOptions
 from neo.lib.config import Limits
 from neo.lib.connection import Connection
-from neo.lib.exception import BackendError
 from neo.lib.handler import Handler
 from neo.lib.protocol import (
     READABLE,
@@ -31,9 +30,11 @@ from neo.lib.protocol import (
 from neo.lib.pt import PartitionTable
 from neo.lib.util import Address, u64
 from neo.master.app import Master, MasterOptions
+from neo.master.transactions import Transaction
 from neo.storage.app import StorageNode, StorageOptions
 from neo.storage.database.memory import MemoryBackend
 
+from .disk import Disk
 from .runtime import HOST, Process, SimRuntime, Simulation, SimulationFailed
 from .workload import TokenStorage
 
@@ -41,122 +42,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CLUSTER = "simulated"
-VOLATILE_MAX = 8  # images that a disk might have kept
-
-
-class Disk:
-    """The database of one storage node, through the node's lives.
-
-    latest: what is committed, which survives the death of the process.
-    durable: what survives the death of the machine for sure; `volatile` what may.
-    fail: called before each commit, may raise OSError. uncertain: the next commit
-    fails, as if its last fsync did: all or nothing of it may be found later.
-    """
-
-    def __init__(self, sim: Simulation, dedup: bool = False) -> None:
-        self.sim = sim
-        self.dedup = dedup
-        self.backend: MemoryBackend | None = None
-        self.latest: bytes | None = None
-        self.durable: bytes | None = None
-        self.volatile: list[bytes] = []
-        self.fail: Callable[[bool], object] | None = None
-        self.uncertain = False
-        self._opened: tuple[bytes | None, sqlite3.Connection] | None = None
-
-    def open(self) -> MemoryBackend:
-        """The database, as the disk has it."""
-        self.backend = None
-        self.uncertain = False
-        self.backend = MemoryBackend(self.latest, dedup=self.dedup, observer=self)
-        self._keep(durable=True)
-        return self.backend
-
-    def before_commit(self, durable: bool) -> None:
-        """See CommitObserver."""
-        if self.fail is not None:
-            self.fail(durable)
-
-    def after_commit(self, durable: bool) -> None:
-        """See CommitObserver."""
-        if self.backend is None:  # it is being opened
-            return
-        if self.uncertain:
-            before = self.latest
-            self._keep(durable=False)
-            if self.sim.rng("disk").random() < 0.5:
-                self.latest = before
-            raise BackendError("commit failed: Input/output error")
-        self._keep(durable)
-
-    def _keep(self, durable: bool) -> None:
-        assert self.backend is not None
-        self.latest = self.backend.image()
-        if durable:
-            self.durable = self.latest
-            self.volatile.clear()
-        elif len(self.volatile) < VOLATILE_MAX:
-            self.volatile.append(self.latest)
-
-    def power_loss(self) -> None:
-        """Lose what is not durable, or not."""
-        choice = self.sim.rng("disk").randrange(len(self.volatile) + 1)
-        self.latest = [self.durable, *self.volatile][choice]
-        self.durable = self.latest
-        self.volatile.clear()
-
-    def erase(self) -> None:
-        """All is lost."""
-        self.latest = self.durable = None
-        self.volatile.clear()
-
-    # --- a look into the durable image ---
-
-    def select(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
-        """Rows that are there after the death of the machine, whatever happens."""
-        image = self.durable
-        if image is None:
-            return []
-        if self._opened is None or self._opened[0] is not image:
-            connection = sqlite3.connect(":memory:", isolation_level=None)
-            connection.deserialize(image[:18] + b"\1\1" + image[20:])
-            if self._opened is not None:
-                self._opened[1].close()
-            self._opened = image, connection
-        return self._opened[1].execute(sql, args).fetchall()
-
-    def _setting(self, name: str) -> int | None:
-        rows = self.select("SELECT value FROM config WHERE name=?", name)
-        return int(rows[0][0]) if rows else None
-
-    @property
-    def nid(self) -> int | None:
-        """Whose disk it is."""
-        return self._setting("nid")
-
-    @property
-    def ptid(self) -> int | None:
-        """Version of its partition table."""
-        return self._setting("ptid")
-
-    def ttid_of(self, partition: int, tid: bytes) -> int | None:
-        """Ttid of an acknowledged transaction, in the partition of its metadata.
-
-        It may be only locked: then the next start finishes it.
-        """
-        done = "SELECT ttid FROM trans WHERE partition=? AND tid=?"
-        locked = "SELECT ttid FROM ttrans WHERE tid=?"
-        t = u64(tid)
-        rows = self.select(done, partition, t) or self.select(locked, t)
-        return rows[0][0] if rows else None
-
-    def has_object(self, partition: int, oid: bytes, tid: bytes, ttid: int) -> bool:
-        """Whether a version of an object is there, be it only voted."""
-        row = "SELECT 1 FROM {} WHERE partition=? AND oid=? AND tid=?"
-        return bool(
-            self.select(row.format("obj"), partition, u64(oid), u64(tid))
-            or self.select(row.format("tobj"), partition, u64(oid), ttid)
-        )
 
 
 class Operator(Handler):
@@ -271,13 +156,11 @@ class Cluster:
         self.truncating = False  # may be: transactions are lost
         # Identities of storages whose disk is lost, until they are removed.
         self.lost: dict[int, None] = {}
-        # What clients were told, of which nothing may be lost: (tid, oids).
-        self.acknowledged: list[tuple[bytes, list[bytes]]] = []
-        self._readable: dict[tuple[int, int], None] = {}  # cells that were checked
-        self._ptids: dict[str, int | None] = {}  # of masters
-        self._tables: dict[int | None, list[tuple[int, int]]] = {}  # readable cells
-        # What each client has, and since when.
-        self._client_ptids: dict[str, tuple[int | None, float]] = {}
+        # What was told, of which nothing may be lost: tid -> oids.
+        self.acknowledged: dict[bytes, list[bytes]] = {}
+        self._checked: dict[tuple[int, int], None] = {}  # readable cells, of all that
+        self._operations: dict[StorageNode, object] = {}  # the last one of each
+        self._seen: dict[str, tuple[object, int | None]] = {}  # phase, ptid of masters
         sim.invariants.append(self.check)
 
     # --- nodes ------------------------------------------------------------------------
@@ -309,7 +192,20 @@ class Cluster:
             replicas=self.shape.replicas,
             limits=self.limits,
         )
-        return lambda runtime: Master(runtime, options(autostart=self.autostart))
+
+        def make(runtime: SimRuntime) -> Master:
+            master = Master(runtime, options(autostart=self.autostart))
+            transactions: Any = master.transactions
+            commit = transactions._commit
+
+            def observed(transaction: Transaction) -> None:
+                self._committing(master, transaction)
+                commit(transaction)
+
+            transactions._commit = observed
+            return master
+
+        return make
 
     def _make_s(self, name: str) -> Callable[[SimRuntime], StorageNode]:
         options = StorageOptions(
@@ -340,8 +236,11 @@ class Cluster:
     def crash(self, name: str, power: bool = False) -> None:
         """Kill a process, or (`power`) its whole machine."""
         self.sim.crash(name, silent=power)
-        if power and name in self.disks:
-            self.disks[name].power_loss()
+        if name in self.disks:
+            if power:
+                self.disks[name].power_loss()
+            else:
+                self.disks[name].close()
 
     def restart(self, *names: str) -> None:
         """Start again those that are down, of all by default."""
@@ -468,69 +367,103 @@ class Cluster:
         """Run a function in an application thread of a client."""
         return self.sim.call(client, function, *args)
 
+    def close(self) -> None:
+        """Give the memory of the disks back, at the end."""
+        for disk in self.disks.values():
+            disk.erase()
+
     # --- checks -----------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Hold after every event, besides what each node checks."""
-        self._check_new_cells()
-        for name in self.clients:
-            process = self.process(name)
-            if process.app is None:
-                continue
-            core = process.app.storage._core
-            if core.pt.ptid != self._client_ptids.get(name, (None, 0))[0]:
-                self._client_ptids[name] = core.pt.ptid, self.sim.time
-            tid = core.last_tid
-            incarnation, previous = self.last_tids.get(name, (0, b""))
-            if incarnation == process.incarnation and not self.truncating:
-                assert tid is None or tid >= previous, f"{name}: last tid decreases"
+    def check(self, process: Process) -> None:
+        """Hold after every event of a process, besides what each node checks."""
+        app = process.app
+        if isinstance(app, Master):
+            if app.truncate_tid is not None:
+                self._forget(app.truncate_tid)
+            seen = app.phase, app.pt.ptid
+            before = self._seen.get(process.name)
+            if seen != before:
+                self._seen[process.name] = seen
+                if before is None or before[0] is not app.phase:
+                    self._checked.clear()  # it was perhaps another one's cluster
+                self._check_new_cells()
+        elif isinstance(app, StorageNode):
+            operation = app.operation
+            if operation is not None and operation is not self._operations.get(app):
+                self._operations[app] = operation
+                # When it has dropped what was not finished.
+                self.sim.after(1.0, lambda: self._check_start(process, operation))
+        elif isinstance(app, ClientNode) and not self.truncating:
+            tid = app.storage._core.last_tid
             if tid is not None:
-                self.last_tids[name] = process.incarnation, tid
+                incarnation, previous = self.last_tids.get(process.name, (0, b""))
+                assert incarnation != process.incarnation or tid >= previous, (
+                    f"{process.name}: last tid decreases"
+                )
+                self.last_tids[process.name] = process.incarnation, tid
 
-    def check_durable(
-        self, storage: TokenStorage, oids: Iterable[bytes], tid: bytes
-    ) -> None:
-        """Fail unless what a client was told is on the disks of all readable cells.
-
-        Its partition table is the one that the primary had when it said so. Source:
-        promise P7.
-        """
-        pt = storage._core.pt
-        if not pt.np or self.truncating:  # no table: the primary was lost right after
+    def _committing(self, master: Master, transaction: Transaction) -> None:
+        """A primary is about to tell that a transaction is committed."""
+        tid = transaction.tid
+        assert tid is not None
+        oids = self.acknowledged[tid] = list(transaction.oids)
+        self._check_disks(master, tid, oids)
+        if len(self.masters) == 1:
             return
-        oids = list(oids)
-        self.acknowledged.append((tid, oids))
-        self._check_disks(pt, tid, oids)
-        name = storage._core.runtime.process.name
-        if len(self.masters) == 1 or self._client_ptids[name][1] > self.sim.time - 1:
-            return  # the table may have come after the answer, before its thread runs
-        # Another master must not start with an older table, where more is readable.
-        now = set(_readable(pt))
-        for name, disk in self._disks(pt.readable_nids()):
-            late = set(self._tables.get(disk.ptid, ())) - now
-            if late and (disk.ptid or 0) < (pt.ptid or 0):
+        # Another one must not start with an older table, where more is readable.
+        now = dict.fromkeys(_readable(master.pt))
+        for name, disk in self._disks(master, master.pt.readable_nids()):
+            late = disk.readable().keys() - now
+            if late and (disk.ptid or 0) < (master.pt.ptid or 0):
                 raise self.sim.failure(
-                    f"P7: {tid.hex()} was acknowledged, but (partition, nid)"
+                    f"P7: {tid.hex()} is acknowledged, but (partition, nid)"
                     f" {sorted(late)} are still readable on the disk of {name}"
                 )
 
-    def _disks(self, nids: Iterable[int]) -> list[tuple[str, Disk]]:
-        """Disks of these storages, of which some may be lost."""
-        by_nid = {
-            disk.nid: (name, disk)
-            for name, disk in self.disks.items()
-            if disk.ptid is not None  # else its nid is a wish
-        }
-        return [by_nid[nid] for nid in nids if nid not in self.lost]
+    def _forget(self, truncated: bytes) -> None:
+        """What was committed after a tid is going to be lost."""
+        for tid in [tid for tid in self.acknowledged if tid > truncated]:
+            del self.acknowledged[tid]
+
+    def acknowledge(self, oids: Iterable[bytes], tid: bytes) -> None:
+        """A client was told that a transaction is committed.
+
+        If not by the master that committed it, then after that master was lost: what
+        the operation began with has it.
+        """
+        if tid in self.acknowledged or self.truncating:
+            return
+        self.sim.sometimes("a commit is told by others than its master")
+        oids = self.acknowledged[tid] = list(oids)
+        if self.primary is not None and self.running:
+            self._check_disks(self.primary, tid, oids)
+
+    def _disks(self, master: Master, nids: Iterable[int]) -> list[tuple[str, Disk]]:
+        """Disks of storages that a master knows, of which some may be lost."""
+        names = {address: name for name, address in self.addresses.items()}
+        found = []
+        for nid in nids:
+            node = master.nodes.by_nid(nid)
+            assert node is not None, (nid, master)
+            assert node.address is not None, node
+            if nid not in self.lost:
+                name = names.get(node.address)
+                if name is None:  # that of another node, which was moved
+                    name = self.sim.listeners[node.address].process.name
+                found.append((name, self.disks[name]))
+        return found
 
     def _check_disks(
         self,
-        pt: PartitionTable,
+        master: Master,
         tid: bytes,
         oids: Iterable[bytes],
         only: tuple[int, int] | None = None,
     ) -> None:
-        """Is a transaction on all disks concerned? `only`: on that (partition, nid)."""
+        """Is a transaction on all disks that a master takes for good? `only`: on that
+        (partition, nid).
+        """
+        pt = master.pt
         np = pt.np
 
         def disks(partition: int) -> list[tuple[str, Disk]]:
@@ -539,25 +472,25 @@ class Cluster:
                 nids = only[1:]
             return [
                 (name, disk)
-                for name, disk in self._disks(nids)
-                # The cell may be elsewhere since the answer was sent.
+                for name, disk in self._disks(master, nids)
+                # Else another master is primary since, and has moved the cell.
                 if (disk.ptid or 0) <= (pt.ptid or 0)
-                or disk.ptid not in self._tables
-                or (partition, disk.nid) in self._tables[disk.ptid]
+                or (partition, disk.nid) in disk.readable()
             ]
 
         def fail(partition: int, name: str, lack: str) -> SimulationFailed:
             return self.sim.failure(
-                f"P7: {tid.hex()} was acknowledged, but partition {partition} on the"
+                f"P7: {tid.hex()} is acknowledged, but partition {partition} on the"
                 f" disk of {name} lacks its {lack}"
             )
 
-        partition, ttid = u64(tid) % np, 0
+        partition, ttid = u64(tid) % np, None
         for name, disk in disks(partition):
-            found = disk.ttid_of(partition, tid)
-            if found is None:
+            ttid = disk.ttid_of(partition, tid)
+            if ttid is None:
                 raise fail(partition, name, "metadata")
-            ttid = found
+        if ttid is None:
+            return  # they are nowhere that can be looked at
         for oid in oids:
             partition = u64(oid) % np
             if only is not None and partition != only[0]:
@@ -567,31 +500,35 @@ class Cluster:
                     raise fail(partition, name, f"object {oid.hex()}")
 
     def _check_new_cells(self) -> None:
-        """Cells that became readable have, durably, all that was acknowledged."""
-        ptids = {
-            name: app.pt.ptid
-            for name in self.masters
-            if isinstance(app := self.process(name).app, Master)
-        }
-        if ptids == self._ptids:
-            return
-        self._ptids = ptids
-        for name, ptid in ptids.items():
-            if ptid is not None:
-                self._tables[ptid] = _readable(self.process(name).app.pt)
+        """Cells that became readable, or are it after a start, have, durably, all that
+        was acknowledged.
+        """
         primary = self.primary
-        if primary is None or not self.running or self.truncating:
+        if primary is None or not self.running:
             return
         pt = primary.pt
         if any((disk.ptid or 0) > (pt.ptid or 0) for disk in self.disks.values()):
             return  # another one was primary since
-        before, self._readable = self._readable, {}
-        for cell in _readable(pt):
-            self._readable[cell] = None
+        before, self._checked = self._checked, dict.fromkeys(_readable(pt))
+        for cell in self._checked:
             if cell not in before and cell[1] not in self.lost:
                 self.sim.sometimes("a cell becomes readable")
-                for tid, oids in self.acknowledged:
-                    self._check_disks(pt, tid, oids, cell)
+                self._check_cell(primary, cell)
+
+    def _check_start(self, process: Process, operation: object) -> None:
+        """A storage serves again: nothing happened without it."""
+        storage, primary = process.app, self.primary
+        if storage is None or storage.operation is not operation:
+            return
+        if primary is None or not self.running:
+            return
+        for cell in _readable(storage.pt):
+            if cell[1] == storage.nid and cell[1] in primary.pt.readable[cell[0]]:
+                self._check_cell(primary, cell)
+
+    def _check_cell(self, primary: Master, cell: tuple[int, int]) -> None:
+        for tid, oids in self.acknowledged.items():
+            self._check_disks(primary, tid, oids, cell)
 
     def replicas(self) -> dict[str, dict[Any, Any]]:
         """Content of each readable cell: for `tests.history.check`."""

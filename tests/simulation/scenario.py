@@ -8,6 +8,7 @@ smallest ones that fail in the same way.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from .workload import Tokens
 SAFETY = 30.0  # seconds with faults
 LIVENESS = 120.0  # seconds that everything may take to recover
 CALM = 0.5  # seconds between two transactions of a thread, meanwhile
+PEACE = 5.0  # the same while all wait for something else
 QUIET = 5.0  # seconds after which nothing is left to do
 
 # Faults after which a client may do nothing for long while others wait for it.
@@ -177,7 +179,7 @@ class Run:
         self.cluster = Cluster(sim, options.shape)
         self.tokens = Tokens(sim, options.think, options.padding)
         self.undos = Undos(sim, options.think)
-        self.tokens.acknowledged = self.cluster.check_durable
+        self.tokens.acknowledged = self.cluster.acknowledge
         self.faults: Faults | None = None
 
     def start(self) -> None:
@@ -206,8 +208,16 @@ class Run:
 
     def execute(self, seconds: float | None = None) -> None:
         """All phases."""
-        with tuned(self.options.tunables), marked(self.sim):
-            self._execute(seconds)
+        try:
+            with tuned(self.options.tunables), marked(self.sim):
+                self._execute(seconds)
+        finally:
+            self.cluster.close()
+
+    @property
+    def done(self) -> list[int]:
+        """Numbers of the faults that happened."""
+        return self.faults.done if self.faults is not None else []
 
     def _execute(self, seconds: float | None) -> None:
         options, tokens = self.options, self.tokens
@@ -233,7 +243,10 @@ class Run:
         assert self.faults is not None
         sim, cluster, tokens = self.sim, self.cluster, self.tokens
         self.faults.stop()
-        tokens.think = self.undos.think = max(tokens.think, CALM)
+        tokens.padding = 0
+        # Minutes in which clients have nothing to find out cost as little as they can.
+        is_long = bool(cluster.lost) or cluster.truncating
+        tokens.think = self.undos.think = PEACE if is_long else max(tokens.think, CALM)
         if cluster.lost:
             # Nodes have found each other by then, if they can.
             sim.run(90)
@@ -247,8 +260,8 @@ class Run:
             sim.run(70)
             sim.run_until(lambda: cluster.healthy, LIVENESS)
             cluster.truncating = False
-            cluster.acknowledged.clear()
             tokens.truncated()
+        tokens.think = self.undos.think = max(self.options.think, CALM)
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
         tokens.stopping = self.undos.stopping = True
@@ -291,7 +304,7 @@ def failure(seed: int | str, options: Options) -> tuple[str, Run] | None:
 
 def kind_of(text: str) -> str:
     """What failures of one reason have in common: their text without its numbers."""
-    return "".join(c for c in text if not c.isdigit())[:40]
+    return re.sub("[0-9a-f]{16}|[0-9]+", "", text)[:40]
 
 
 def shrink(
@@ -317,30 +330,31 @@ def shrink(
         if found is None or kind_of(found[0]) != wanted:
             return False
         options, run = smaller, found[1]
-        assert run.faults is not None
-        report(f"{len(run.faults.done)} faults: {options}")
+        report(f"{len(run.done)} faults: {options}")
         return True
 
     before = None
     while before != options and tries > 0:
         before = options
-        assert run.faults is not None
-        size = len(run.faults.done)
+        size = len(run.done)
         while size:
-            done = run.faults.done
+            done = run.done
             for start in range(0, len(done), size):
                 skip = {*options.skip, *done[start : start + size]}
                 attempt(replace(options, skip=tuple(sorted(skip))))
             size //= 2
         for smaller in _smaller(options):
-            attempt(smaller(options))
+            if (changed := smaller(options)) != options:
+                attempt(changed)
     return options
 
 
 def _smaller(options: Options) -> Iterator[Callable[[Options], Options]]:
     """Ways to make a run smaller."""
     for name, value in asdict(options.shape).items():
-        least = {"masters": 1, "storages": 1, "partitions": 1, "clients": 1}
+        least = dict.fromkeys(
+            ("masters", "storages", "partitions", "clients", "threads"), 1
+        )
         if type(value) is int and value > least.get(name, 0):
             yield lambda o, n=name: _with_shape(o, n, getattr(o.shape, n) - 1)
         elif value is True:

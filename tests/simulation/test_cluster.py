@@ -24,7 +24,8 @@ from neo.lib.protocol import (
     TweakPartitionTable,
 )
 from tests.history import OK
-from tests.simulation.cluster import CLUSTER, Cluster, Disk, Shape, transactions_of
+from tests.simulation.cluster import CLUSTER, Cluster, Shape, transactions_of
+from tests.simulation.disk import Disk
 from tests.simulation.faults import KINDS
 from tests.simulation.runtime import SimRuntime, Simulation
 from tests.simulation.scenario import Options, Run, shrink

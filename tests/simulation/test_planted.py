@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from neo.lib.exception import BackendError
-from tests.simulation.cluster import Cluster, Disk, Shape
+from tests.simulation.cluster import Cluster, Shape
 from tests.simulation.conftest import kept_seeds
+from tests.simulation.disk import Disk
 from tests.simulation.planted.bugs import BUGS, Bug
 from tests.simulation.planted.mutation import search
 from tests.simulation.runtime import Simulation, SimulationFailed
 from tests.simulation.scenario import Options, Run, failure, shrink
+from tests.simulation.workload import Tokens
 
 LOCK = next(b for b in BUGS if b.name == "a lock is answered before it is durable")
 
@@ -76,12 +78,13 @@ def test_what_a_disk_lacks_is_seen() -> None:
     cluster.start()
     sim.run_until(lambda: cluster.healthy, 20)
     before = cluster.disks["s0"].durable
-    run = Run(0, options=Options(cluster.shape))
-    run.sim, run.cluster, run.tokens.sim = sim, cluster, sim
-    cluster.call(run.tokens.create, cluster.storage())
-    (attempt,) = run.tokens.attempts
-    assert attempt.tid is not None
-    cluster.check_durable(cluster.storage(), attempt.written, attempt.tid)
-    cluster.disks["s0"].durable = before
+    tokens = Tokens(sim)
+    cluster.call(tokens.create, cluster.storage())
+    primary = cluster.primary
+    assert primary is not None
+    (tid,) = cluster.acknowledged
+    cluster._check_disks(primary, tid, cluster.acknowledged[tid])
+    sim.crash("s0")
+    cluster.disks["s0"].put(before)
     with pytest.raises(SimulationFailed, match=r"P7.* on the disk of s0"):
-        cluster.check_durable(cluster.storage(), attempt.written, attempt.tid)
+        cluster._check_disks(primary, tid, cluster.acknowledged[tid])

@@ -26,7 +26,7 @@ from neo.lib.protocol import (
 from neo.lib.protocol import NodeState as N
 from neo.storage import checking, replication
 from neo.storage.client import ClientHandler
-from tests.simulation.cluster import Disk, Shape
+from tests.simulation.cluster import Shape
 from tests.simulation.runtime import HOST
 from tests.simulation.test_cluster import World
 
@@ -416,16 +416,14 @@ def test_killed_while_the_table_changes(seed: int) -> None:
 
 def copy_disk(world: World, name: str) -> bytes:
     """What is on the disk of a node."""
-    disk: Disk = world.cluster.disks[name]
-    assert disk.latest is not None
-    return disk.latest
+    image: bytes | None = world.cluster.disks[name].latest
+    assert image is not None
+    return image
 
 
 def put_back(world: World, name: str, image: bytes) -> None:
     """Replace the content of the disk of a node that is down."""
-    disk = world.cluster.disks[name]
-    disk.latest = disk.durable = image
-    disk.volatile.clear()
+    world.cluster.disks[name].put(image)
 
 
 @pytest.mark.parametrize(("name", "power"), [("s0", True), ("s2", False)])

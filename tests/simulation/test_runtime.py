@@ -109,7 +109,7 @@ def test_question_and_answer() -> None:
     assert sim.call("client", sim.process("client").wait, lambda: True, None)
     sim.run_until(lambda: sim.app("client").conn, 5)
     assert sim.call("client", sim.app("client").oids, 3) == 3
-    assert sim.app("server").checked > 2
+    assert sim.app("server").checked
     assert 0 < sim.time < 1
 
 

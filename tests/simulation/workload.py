@@ -75,8 +75,8 @@ class Tokens:
         self.running = 0  # threads that have not ended
         self.stopping = False
         self.committed = 0  # attempts that were acknowledged
-        #: called with the storage, the oids and the tid of each commit
-        self.acknowledged: Callable[[Any, list[bytes], bytes], object] | None = None
+        #: called with the oids and the tid of each commit
+        self.acknowledged: Callable[[list[bytes], bytes], object] | None = None
         self.created: dict[bytes, str] = {}  # new objects: oid -> token
         # (when it was asked for, since when all is as usual, to which tid): one at most
         self.truncations: list[tuple[float, float, bytes]] = []
@@ -223,14 +223,14 @@ class Tokens:
             if new is not None and not self.truncating:
                 self.created[new] = token
             if self.acknowledged is not None:
-                self.acknowledged(storage, changed, attempt.tid)
+                self.acknowledged(changed, attempt.tid)
         finally:
             storage.tpc_abort(txn)
 
     def _pad(self, data: bytes) -> bytes:
         if not self.padding:
             return data
-        return data + b" " * int(self.padding * self.rng.random() ** 3)
+        return data + b" " * int(self.padding * self.rng.random() ** 8)
 
     # --- truncation -------------------------------------------------------------------
 
