@@ -819,6 +819,34 @@ def test_queries_follow_an_index(databases: Databases) -> None:
     assert checked > 30
 
 
+def test_many_loads_read_no_histories(databases: Databases) -> None:
+    """However many revisions an object has, one is looked for."""
+    db = databases.open(databases.new())
+    start(db)
+    add(db, 100)
+    db.begin(durable=False)
+    rows = [(0, 0, tid, 0, None) for tid in range(200, 20000)]
+    db.execute_many("INSERT INTO obj VALUES (?, ?, ?, ?, ?)", rows)
+    db.commit()
+
+    def rows_read() -> int:
+        status = db._query("SHOW SESSION STATUS LIKE 'Handler_read%'")
+        return sum(int(count) for _, count in status)
+
+    db.load(ZERO_OID)
+    wanted = [(p64(n), None, p64(10000)) for n in range(30)]
+    before = rows_read()
+    base = rows_read() - before
+    found = db.load_many(wanted)
+    assert found[0] is not None
+    assert found[0][:2] == (p64(9999), p64(10000))
+    assert found[1:] == [None] * 29
+    assert db.load(ZERO_OID, before=p64(10000)) == found[0]
+    assert db.load(ZERO_OID, at=p64(9999)) == found[0]
+    assert db.last_tids_of([p64(n) for n in range(30)])[ZERO_OID] == p64(19999)
+    assert rows_read() - before < 500 + 2 * base
+
+
 def executed(packet: bytes) -> bytes:
     """The query of which this is one, if it was prepared."""
     if not packet.startswith(b"EXECUTE"):

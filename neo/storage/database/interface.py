@@ -148,6 +148,9 @@ class Reader(Protocol):
     def last_tid_of(self, oid: Oid) -> Tid | None:
         """Greatest tid of the revisions of `oid`, also deletions; None: no revision."""
 
+    def last_tids_of(self, oids: Sequence[Oid]) -> dict[Oid, Tid | None]:
+        """As `last_tid_of` for each; one query if `Backend.loads_together`."""
+
     def has_revision(self, oid: Oid, tid: Tid) -> bool:
         """Whether `oid` has a revision made at `tid`, with data or not."""
 

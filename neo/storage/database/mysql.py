@@ -59,6 +59,7 @@ from .reader import (
     Row,
     SQLReader,
     clip,
+    optional,
     revision,
 )
 from .sql import SQLBackend
@@ -187,7 +188,9 @@ class MySQLReader(SQLReader):
         self._select = connection.select
 
     def _query(self, sql: str, args: Sequence[object] = ()) -> list[Row]:
-        packet = filler(sql)(tuple([LITERALS[type(arg)](arg) for arg in args]))
+        return self._ask(filler(sql)(tuple([LITERALS[type(arg)](arg) for arg in args])))
+
+    def _ask(self, packet: bytes) -> list[Row]:
         try:
             return list(self._select(packet))
         except (Lost, Failed) as e:
@@ -282,31 +285,26 @@ class MySQLReader(SQLReader):
 
     # --- several loads -------------------------------------------------------------
 
-    # The first query reads the index only.
-    LOAD_MANY = (
-        "SELECT last_oid, o.tid,"
-        " (SELECT MIN(n.tid) FROM obj AS n FORCE INDEX (PRIMARY) WHERE"
-        " n.partition = o.partition AND n.oid = o.oid AND n.tid > o.tid),"
-        " o.data_id, o.value_tid, compression, hash, value FROM ("
-        "SELECT partition AS last_partition, oid AS last_oid, MAX(tid) AS last_tid"
-        " FROM obj FORCE INDEX (PRIMARY) WHERE {} GROUP BY partition, oid"
-        ") AS last STRAIGHT_JOIN obj AS o FORCE INDEX (PRIMARY)"
-        " ON o.partition = last_partition AND o.oid = last_oid AND o.tid = last_tid"
-        " LEFT JOIN data ON data.id = o.data_id"
+    # Each looks only at the revisions that it finds, as long as the history may be: a
+    # query for all of them, grouped by oid, reads their histories.
+    ONE_OF_MANY = (
+        _LOAD.format(next=_TID.format(which="MIN", bound=">")).replace(
+            "SELECT", "SELECT o.oid,", 1
+        )
+        + f"AND o.tid = {_TID.format(which='MAX', bound='<=')}"
     )
-    ONE_OF_MANY = "partition = ? AND oid = ? AND tid <= ?"
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
         before_by_oid: dict[Oid, Tid | None] = {}
-        args: list[int] = []
+        queries = []
         for oid, at, before in wanted:
             number = u64(oid)
             if at is None and number <= ID_MAX and oid not in before_by_oid:
                 before_by_oid[oid] = before
                 bound = ID_MAX if before is None else clip(before) - 1
-                args += number % self.layout.partitions, number, bound
-        conditions = " OR ".join([self.ONE_OF_MANY] * len(before_by_oid))
-        rows = self._query(self.LOAD_MANY.format(conditions), args) if args else ()
+                args = number % self.layout.partitions, number, bound
+                queries.append(render(self.ONE_OF_MANY, args))
+        rows = self._ask(b" UNION ALL ".join(queries)) if queries else ()
         found = {p64(row[0]): revision(row[1:]) for row in rows}
         result = []
         for oid, at, before in wanted:
@@ -315,6 +313,21 @@ class MySQLReader(SQLReader):
             if at is not None or before_by_oid.get(oid, at) != before or is_chunked:
                 one = self.load(oid, at, before)
             result.append(one)
+        return result
+
+    LAST_OF_MANY = (
+        "SELECT ?2, MAX(tid) FROM obj FORCE INDEX (PRIMARY)"
+        " WHERE partition = ?1 AND oid = ?2"
+    )
+
+    def last_tids_of(self, oids: Sequence[Oid]) -> dict[Oid, Tid | None]:
+        result: dict[Oid, Tid | None] = dict.fromkeys(oids)
+        numbers = [n for oid in result if (n := u64(oid)) <= ID_MAX]
+        queries = [
+            render(self.LAST_OF_MANY, (n % self.layout.partitions, n)) for n in numbers
+        ]
+        for number, tid in self._ask(b" UNION ALL ".join(queries)) if queries else ():
+            result[p64(number)] = optional(tid)
         return result
 
     # --- big values -------------------------------------------------------------

@@ -159,6 +159,9 @@ class SQLReader(ABC):
         args = (number % self.layout.partitions, number)
         return optional(self._query(self.LAST_TID_OF, args)[0][0])
 
+    def last_tids_of(self, oids: Sequence[Oid]) -> dict[Oid, Tid | None]:
+        return {oid: self.last_tid_of(oid) for oid in oids}
+
     HAS_REVISION = "SELECT data_id FROM obj WHERE partition = ? AND oid = ? AND tid = ?"
 
     def has_revision(self, oid: Oid, tid: Tid) -> bool:
