@@ -21,7 +21,6 @@ import pickle
 import signal
 import sqlite3
 import struct
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -164,10 +163,12 @@ def run_client(options: dict[str, Any]) -> None:
     disturb(options["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(filename=options["stderr"], level=logging.WARNING)
-    stopping = threading.Event()
+    # No threading.Event: a second signal while the first one sets it would wait for
+    # its lock for ever.
+    stopping: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopping.set()
+        stopping.append(number)
 
     signal.signal(signal.SIGTERM, stop)
     faulthandler.register(signal.SIGUSR1, open(options["stderr"], "a"))  # noqa: SIM115
@@ -179,7 +180,7 @@ def run_client(options: dict[str, Any]) -> None:
         raise
 
 
-def _work(options: dict[str, Any], journal: Journal, stopping: threading.Event) -> None:
+def _work(options: dict[str, Any], journal: Journal, stopping: list[int]) -> None:
     workload.ALL = options["oids"]
     storage = JournalStorage(options["masters"], options["cluster"])
     object.__setattr__(storage._options, "limits", Limits(**options["limits"]))
@@ -189,7 +190,7 @@ def _work(options: dict[str, Any], journal: Journal, stopping: threading.Event) 
     storage.stop = options["stop"]
     _stop_when_finishing(storage)
     for step in itertools.count():
-        if stopping.is_set():
+        if stopping:
             break
         time.sleep(tokens.rng.expovariate(1 / options["think"]))
         token = f"{options['name']}:{step}"

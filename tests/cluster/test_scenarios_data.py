@@ -6,10 +6,12 @@ See test_scenarios_nodes.py.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -82,8 +84,8 @@ def test_25_lost_disk(tmp_path: Path) -> None:
             world.add_storage()
             until(lambda: "S4" in world.neoctl("print", "node")[1], "S4 is pending")
             done("add", "--wait", "10", "S4")
-            done("tweak", "S1")
-            until(lambda: "UP_TO_DATE=24" in world.neoctl("print", "summary")[1])
+            done("tweak", "--wait", "60", "S1")
+            assert copies(world, "S2", "S3", "S4") == 24, world.describe()
             done("drop", "S1")
         assert world.healthy, world.describe()
         world.audit()
@@ -260,31 +262,38 @@ def test_29_malformed_input_under_load(tmp_path: Path) -> None:
         streams = list(STREAMS.values())
         addresses = list(ports(world).values())
 
-        def rate(seconds: float) -> float:
-            before, start = world.read(), time.monotonic()
-            time.sleep(seconds)
-            return (world.read() - before) / (time.monotonic() - start)
-
-        seconds = 10 if FULL else 2
-        usual = rate(seconds)
-        over = threading.Event()
+        attacking, over = threading.Event(), threading.Event()
 
         def attack() -> None:
-            for i, data in enumerate(streams * 1000):
+            for i, data in enumerate(itertools.cycle(streams)):
                 if over.wait(0.02):
                     break
+                attacking.wait()
                 with (
                     contextlib.suppress(OSError),
                     socket.create_connection(addresses[i % len(addresses)], 10) as sock,
                 ):
                     sock.sendall(data)
 
+        def rate() -> float:
+            before, start = world.read(), time.monotonic()
+            time.sleep(1)
+            return (world.read() - before) / (time.monotonic() - start)
+
         thread = threading.Thread(target=attack)
         thread.start()
-        attacked = rate(seconds)
-        over.set()
-        thread.join()
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        try:
+            # In turn, because other work of the machine comes and goes.
+            for i in times(6, 40):
+                (attacking.set if i % 2 else attacking.clear)()
+                rates[bool(i % 2)].append(rate())
+        finally:
+            over.set()
+            attacking.set()
+            thread.join()
         world.audit()
+    usual, attacked = (statistics.median(rates[b]) for b in (False, True))
     report(29, "malformed input under load", usual=usual, attacked=attacked)
     assert attacked > usual / 2
 
@@ -363,9 +372,9 @@ def test_37_stopping(tmp_path: Path) -> None:
             for name in clients:
                 world.start_client(name, stop=(state, signal.SIGSTOP))
             if clients:
-                text = f"stopped: {state}"
+                text, count = f"stopped: {state}", len(clients)
                 until(
-                    lambda t=text, n=len(clients): (
+                    lambda t=text, n=count: (
                         world.read() and world.messages.count(t) == n
                     ),
                     text,
