@@ -31,6 +31,7 @@ from neo.lib.protocol import (
     NotifyUnlockInformation,
 )
 from neo.lib.tls import TLS
+from tests.cluster.harness import free_port
 
 HOSTS = ["127.0.0.1", "::1"]
 PATIENCE = 20.0
@@ -103,12 +104,6 @@ def host(request: pytest.FixtureRequest) -> str:
     except OSError:
         pytest.skip(f"no {request.param} here")
     return request.param
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return sock.getsockname()[1]
 
 
 def pair(loop: EpollRuntime, host: str = "127.0.0.1") -> tuple[Peer, Peer, Connection]:
