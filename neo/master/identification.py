@@ -129,10 +129,11 @@ class Identification(Handler):
         if kind is NodeType.CLIENT:
             self._client(conn, claim, node)
         elif kind is NodeType.STORAGE:
-            if seconds := master.primary.put_aside(node):
+            if master.primary.put_aside(node):
+                # Always the same words: it asks each second, and logs what is new.
                 raise not_ready(
-                    "put aside: it did not get ready in time, or clients can't reach"
-                    f" it; it may come again in {seconds:.0f} s"
+                    "put aside for a minute or more: it did not get ready in time, or"
+                    " clients can't reach it"
                 )
             state = master.primary.storage_state(node)
             self._accept(conn, claim, node, state, master.primary.storage)
