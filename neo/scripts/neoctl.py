@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, ParamSpec
 
 from neo.lib.config import (
@@ -454,7 +454,7 @@ def tweak(tool: Tool, args: argparse.Namespace) -> Any:
     nids = storages(tool, args) if args.nids else []
     changed, rows = tool.ask(TweakPartitionTable, args.dry_run, nids)
     if args.wait is not None and not args.dry_run:
-        tool.wait(args.wait, lambda: balanced(tool), "all cells up to date")
+        tool.wait(args.wait, lambda: balanced(tool, nids), "all cells up to date")
     if args.json:
         return {
             "changed": changed,
@@ -466,10 +466,19 @@ def tweak(tool: Tool, args: argparse.Namespace) -> Any:
     return format_rows(rows, states)
 
 
-def balanced(tool: Tool) -> bool:
-    """Whether no cell is being replicated or about to be dropped."""
+def balanced(tool: Tool, aside: Collection[int]) -> bool:
+    """Whether no cell is being replicated or about to be dropped.
+
+    A storage that is left aside because it is down keeps its cells, OUT_OF_DATE, until
+    it is dropped.
+    """
     rows = tool.ask(AskPartitionList, 0, 0, None)[2]
-    return all(state is CellState.UP_TO_DATE for row in rows for _, state in row)
+    return all(
+        state is CellState.UP_TO_DATE
+        or (nid in aside and state is CellState.OUT_OF_DATE)
+        for row in rows
+        for nid, state in row
+    )
 
 
 def check(tool: Tool, args: argparse.Namespace) -> Any:
