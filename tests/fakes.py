@@ -78,11 +78,17 @@ class FakeTransport:
     def __init__(self) -> None:
         self.conn: Connection
         self.flushes = 0
+        self.segments: list[bytes] = []  # sent before the end of a turn
         self.closed = False
         self.finished = False
 
     def flush_soon(self) -> None:
         self.flushes += 1
+
+    def flush(self) -> None:
+        data = self.conn.take()
+        self.conn.sent(len(data))
+        self.segments.append(data)
 
     def close(self) -> None:
         self.closed = True

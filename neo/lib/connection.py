@@ -39,6 +39,9 @@ P = ParamSpec("P")
 # Bytes that one peer may cost: before it is identified, and then.
 INPUT_LIMIT_UNKNOWN = 1 << 16
 LIMIT = 256 << 20
+# Bytes of answers that are not held back until all that came along is answered: the peer
+# can use them meanwhile.
+EAGER = 4 << 10
 # Bytes per second of a message that is worth waiting for.
 SLOWEST = 1 << 16
 
@@ -394,6 +397,8 @@ class Connection:
                     self._paused.append((msg_id, code, args))
                 else:
                     self._dispatch(msg_id, code, args)
+                    if self.out_size > EAGER:
+                        self.transport.flush()
         except Malformed as error:
             self._malformed(error)
 

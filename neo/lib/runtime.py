@@ -172,6 +172,9 @@ class Transport(Protocol):
     def flush_soon(self) -> None:
         """The connection has output: send it at the end of this turn."""
 
+    def flush(self) -> None:
+        """Send what can be sent now. The connection may be lost by that."""
+
     def close(self) -> None:
         """Close at once."""
 

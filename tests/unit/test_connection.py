@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from neo.lib.codec import pack
-from neo.lib.connection import INPUT_LIMIT_UNKNOWN, Connection, encode_tail
+from neo.lib.connection import EAGER, INPUT_LIMIT_UNKNOWN, Connection, encode_tail
 from neo.lib.exception import ProtocolError
 from neo.lib.handler import Closing, Handler, Refused, denied, not_ready
 from neo.lib.node import NodeManager
@@ -305,6 +305,25 @@ def test_invalid_arguments() -> None:
         b"AskNewOIDs: invalid count -1",
     )
     assert conn.closed
+
+
+def test_many_answers_are_sent_in_pieces() -> None:
+    """The peer works on the first ones while the others are made."""
+
+    class Server(Handler):
+        def ask_object(self, conn: Connection, oid: bytes, *_: bytes | None) -> None:
+            answer = oid, TID, None, 0, bytes(20), bytes(EAGER // 4), None
+            conn.answer(AnswerObject, *answer)
+
+    conn = established(Server())
+    requests = [pack((i, AskObject.code, (TID, None, TID))) for i in range(22)]
+    conn.receive(b"".join(requests[:3]))
+    assert transport(conn).segments == []
+    conn.receive(b"".join(requests[3:]))
+    sizes = [len(segment) for segment in transport(conn).segments]
+    assert len(sizes) == 5
+    assert min(sizes) > EAGER
+    assert conn.out_size == len(output(conn)) > 0
 
 
 def test_ping_is_answered() -> None:
