@@ -39,8 +39,8 @@ P = ParamSpec("P")
 # Bytes that one peer may cost: before it is identified, and then.
 INPUT_LIMIT_UNKNOWN = 1 << 16
 LIMIT = 256 << 20
-# Bytes of answers that are not held back until all that came along is answered: the peer
-# can use them meanwhile.
+# Bytes of answers that are not held back until all that came along is answered: the
+# peer can use them meanwhile.
 EAGER = 4 << 10
 # Bytes per second of a message that is worth waiting for.
 SLOWEST = 1 << 16
