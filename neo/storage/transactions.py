@@ -44,7 +44,6 @@ from neo.lib.protocol import (
 )
 from neo.lib.runtime import Runtime
 
-from .background import fail
 from .database.interface import Backend, Metadata, Oid, Store, Tid
 from .locks import (
     ABSENT,
@@ -265,8 +264,9 @@ class Transactions:
             self._answer(demand, ZERO_TID)
             return
         elif outcome == UNKNOWN:
-            text = f"{oid.hex()} has no revision {demand.serial.hex()} here"
-            fail(demand.conn, demand.msg_id, text)
+            # Its client read it before a truncation: the next attempt will not.
+            text = f"{oid.hex()} has no revision {demand.serial.hex()} any more"
+            demand.conn.error(demand.msg_id, ErrorCode.INCOMPLETE_TRANSACTION, text)
             return
         else:
             assert type(outcome) is bytes, outcome

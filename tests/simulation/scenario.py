@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
+from neo.client.app import CACHE_SIZE
+
 from .cluster import Cluster, Shape, transactions_of
 from .faults import COMMANDS, KINDS, Faults
 from .marks import marked
@@ -43,6 +45,7 @@ TUNABLES: dict[str, tuple[int | float, ...]] = {
     "neo.storage.replication:SESSIONS_MAX": (1, 12),
     "neo.storage.transactions:MEMORY_OF_TRANSACTION": (10, 200),
     "neo.storage.transactions:MEMORY": (100, 1000),
+    "neo.storage.transactions:RESERVATION": (0.001, 0.02, 5.0),
     "neo.storage.operation:DROP_SLICE": (1, 10),
     "neo.storage.initialization:TRUNCATION_SLICE": (1, 10),
     "neo.storage.peers:SLICE": (1,),
@@ -53,7 +56,6 @@ TUNABLES: dict[str, tuple[int | float, ...]] = {
     "neo.master.transactions:ALIVE": (0.01,),
     "neo.client.oids:OIDS_BLOCK": (1, 3),
     "neo.client.oids:OIDS_LOW": (0,),
-    "neo.client.app:CACHE_SIZE": (0, 1000),
 }
 
 
@@ -63,7 +65,8 @@ class Options:
 
     `commits` end the phase with faults, or `seconds`; `think`: mean pause between two
     transactions of a thread; `skew`: bound of the differences between clocks;
-    `padding`: greatest size of values, bytes; `undo`: with the other workload, too.
+    `padding`: greatest size of values, bytes; `cache_size`: of clients; `undo`: with
+    the other workload, too.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -80,6 +83,7 @@ class Options:
     buggify: float = 0.0
     skew: float = 0.0
     padding: int = 0
+    cache_size: int = CACHE_SIZE
     undo: bool = False
     tunables: dict[str, int | float] = field(default_factory=dict)
 
@@ -109,6 +113,7 @@ class Options:
             buggify=rng.choice([0, 0.5]),
             skew=rng.choice([0, 1, 3600]),
             padding=sim.rng("padding").choice([0, 0, 0, 1000, 20_000, 300_000]),
+            cache_size=sim.rng("cache").choice([0, 1000, *[CACHE_SIZE] * 6]),
             # (What was undone may be truncated.)
             undo=sim.rng("undo").random() < 0.3 and "truncate" not in kinds,
             tunables={
@@ -177,6 +182,7 @@ class Run:
         )
         sim.options = str(options)
         self.cluster = Cluster(sim, options.shape)
+        self.cluster.client_options["cache_size"] = options.cache_size
         self.tokens = Tokens(sim, options.think, options.padding)
         self.undos = Undos(sim, options.think)
         self.tokens.acknowledged = self.cluster.acknowledge

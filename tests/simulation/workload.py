@@ -15,7 +15,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError, POSKeyError
 from ZODB.utils import p64, u64
 
-from neo.client.exception import NEOStorageError, NEOStorageUnknownOutcome
+from neo.client.exception import NEOStorageUnknownOutcome
 from neo.client.Storage import Storage
 from tests.history import (
     CONFLICT,
@@ -145,13 +145,8 @@ class Tokens:
                 attempt.outcome = READ
             else:
                 self._commit(storage, attempt)
-        except (ConflictError, TransientError, NEOStorageError) as error:
+        except (TransientError, NEOStorageUnknownOutcome) as error:
             attempt.error = type(error).__name__
-            if not (
-                isinstance(error, (TransientError, NEOStorageUnknownOutcome))
-                or self.truncating  # what it read may be gone
-            ):
-                raise
             if isinstance(error, NEOStorageUnknownOutcome):
                 attempt.outcome = UNKNOWN
             elif isinstance(error, ConflictError):
