@@ -198,7 +198,8 @@ class StorageNode:
             b"new_nid": new_nid,
             FEATURES: [FEATURE_LEASE, FEATURE_CHECK],
         }
-        if self.pt.ptid is not None and self._is_spare():
+        # (What it knew of the table may have gone with a nid that was somebody else's.)
+        if self.backend.settings().ptid is not None and self._is_spare():
             extra[SPARE] = True
         is_clone = self.options.new_nid
         return (

@@ -9,6 +9,7 @@ import pytest
 from neo.lib.exception import BackendError, ConfigurationError
 from neo.lib.protocol import (
     MAX_TID,
+    SPARE,
     ZERO_TID,
     AcceptIdentification,
     AnswerLastIDs,
@@ -186,6 +187,21 @@ def test_nid_that_is_refused(case: str) -> None:
     _, msg_id, _ = peer.expect(RequestIdentification)
     peer.send(AcceptIdentification, NodeType.MASTER, M1, 7, msg_id=msg_id)
     assert h.node.nid == h.backend.settings().nid == 7
+
+
+def test_spare_that_got_the_nid_of_a_storage_with_data() -> None:
+    """From a master that knew no other one: it goes on saying that it has nothing."""
+    h = Harness()
+    h.operate((((2, UP),),))
+    h = restart(h)
+    for nid in (2, 2):
+        peer = h.answer_call()
+        _, msg_id, args = peer.expect(RequestIdentification)
+        assert args[5][SPARE] is True
+        peer.send(AcceptIdentification, NodeType.MASTER, M1, nid, msg_id=msg_id)
+        h.turn()
+        assert h.node.nid == nid
+        h = restart(h)
 
 
 @pytest.mark.parametrize("operates", [False, True])
