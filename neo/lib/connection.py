@@ -384,6 +384,11 @@ class Connection:
         except Malformed as error:
             self._malformed(error)
 
+    @property
+    def is_greeted(self) -> bool:
+        """Whether the peer has proved to speak this protocol."""
+        return self._handshake is None
+
     def receive(self, data: bytes) -> None:
         """Handle bytes of the peer."""
         self.last_received = self.runtime.monotonic()

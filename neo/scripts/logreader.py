@@ -135,7 +135,7 @@ class LogFile:
         self._db.text_factory = lambda text: text.decode("utf-8", "backslashreplace")
         self._tables: dict[str, Table] = {}
         self._nodes: dict[int, NodeRow] = {}
-        self._complaints: set[str] = set()
+        self.complaints: dict[str, None] = {}  # what could not be read
 
     def close(self) -> None:
         """Release the file."""
@@ -169,9 +169,9 @@ class LogFile:
     def complaint(self, table: str, error: object, date: float) -> list[Record]:
         """An entry that tells an error, the first time that it is met."""
         text = f"cannot read {table or self.path}: {error}"
-        if text in self._complaints:
+        if text in self.complaints:
             return []
-        self._complaints.add(text)
+        self.complaints[text] = None
         return [Record(date, self, UNKNOWN, ERROR, None, None, text)]
 
     def node(self, row: int | None) -> NodeRow:

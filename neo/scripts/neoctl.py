@@ -79,6 +79,7 @@ from neo.lib.util import (
 P = ParamSpec("P")
 
 DEFAULT_ADMIN = f"127.0.0.1:{ADMIN_PORT}"
+PATIENCE = 10.0  # seconds, for the greeting of an admin: it comes at once
 POLL_INTERVAL = 0.2  # seconds, while --wait looks at the cluster
 RUNNING = (ClusterState.RUNNING, ClusterState.BACKINGUP)
 
@@ -121,7 +122,13 @@ class Tool(Handler):
             self.runtime.connection_succeeded(self.admin)
             self.conn = conn = self.runtime.connect(self.admin, self)
             conn.trust()
-            while not (conn.is_established or conn.closed):
+
+            def give_up() -> None:
+                if not conn.is_greeted:
+                    conn.close("no answer")
+
+            self.runtime.call_later(PATIENCE, give_up)
+            while not (conn.is_greeted or conn.closed):
                 self.runtime.turn()
         return self.conn
 
@@ -132,9 +139,12 @@ class Tool(Handler):
         """
         conn = self._connection()
         if conn.closed:
+            hint = "is neoadmin running there? see --address"
+            if conn.is_established and self.runtime.tls is None:
+                hint += ", or --ca if it requires TLS"
             raise LostError(
                 f"ERROR: not connected to admin {format_address(self.admin)}:"
-                f" {conn.reason} (is neoadmin running there? see --address)"
+                f" {conn.reason} ({hint})"
             )
         answers: list[tuple[int | None, Any]] = []
         conn.ask(packet, *args, **_).then(
@@ -148,10 +158,7 @@ class Tool(Handler):
             self.answered = True
             return answer
         if code is None:
-            hint = ""
-            if not conn.packets_received and self.runtime.tls is None:
-                hint = " (does the admin require TLS?)"
-            raise LostError(f"ERROR: Connection closed: {answer}{hint}")
+            raise LostError(f"ERROR: Connection closed: {answer}")
         if code == ErrorCode.PROTOCOL_ERROR and not self.answered:
             where = format_address(self.admin)
             raise CommandError(f"ERROR: {where} is probably no admin node: {answer}")

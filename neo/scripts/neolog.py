@@ -559,7 +559,9 @@ def follow(
 
 
 def run(options: argparse.Namespace, stream: TextIO) -> None:
-    """Print what `options` select. Raises ConfigurationError."""
+    """Print what `options` select. Raises ConfigurationError, at the end if a part of a
+    file can't be read.
+    """
     files: list[LogFile] = []
     printer, what = Printer(options), selection(options)
 
@@ -576,6 +578,8 @@ def run(options: argparse.Namespace, stream: TextIO) -> None:
             follow(files, options, output)
         else:
             output()
+            if complaints := [text for file in files for text in file.complaints]:
+                raise ConfigurationError("; ".join(complaints))
     finally:
         for file in files:
             file.close()

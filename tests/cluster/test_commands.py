@@ -20,7 +20,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.POSException import StorageError
 
 from neo.client.Storage import Storage
-from neo.scripts import neolog
+from neo.scripts import neoctl, neolog
 
 from .harness import Cluster, free_port, until
 
@@ -338,6 +338,35 @@ def test_wrong_port(tmp_path: Path) -> None:
         with wrong.client() as storage, pytest.raises(StorageError, match="admin"):
             storage.lastTransaction()
         wrong.close()
+
+
+def test_silent_admin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something else listens there, which says nothing."""
+    monkeypatch.setattr(neoctl, "PATIENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert neoctl.main(["-a", f"127.0.0.1:{port}", "print", "cluster"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no answer" in one_line(err)
+
+
+def test_interrupted_import() -> None:
+    """Ctrl-C while a command is being imported: it dies, without a traceback."""
+    program = "import neo.scripts; raise KeyboardInterrupt"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGINT
+    assert (done.stdout, done.stderr) == ("", "")
+    program = "import neo.scripts; raise ValueError('a bug')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "ValueError: a bug" in done.stderr
 
 
 def records(path: Path, name: str) -> int:

@@ -454,7 +454,7 @@ def test_older_files(tmp_path: Path, run: Run) -> None:
     assert len(after) == 16
 
 
-def test_damaged_table(log: Log, run: Run) -> None:
+def test_damaged_table(log: Log, capsys: pytest.CaptureFixture[str]) -> None:
     log.logger.close()
     db = sqlite3.connect(log.path)
     (page,) = db.execute(
@@ -465,17 +465,24 @@ def test_damaged_table(log: Log, run: Run) -> None:
     with open(log.path, "r+b") as stream:
         stream.seek((page - 1) * size)
         stream.write(b"\xff" * size)
-    lines = run(log.path)
+    assert neolog.main([log.path]) == 1
+    lines, err = (text.splitlines() for text in capsys.readouterr())
     assert sum("cannot read table packet: database disk image" in s for s in lines) == 1
     assert sum("oops" in line for line in lines) == 1
+    assert err == ["neolog: cannot read table packet: database disk image is malformed"]
 
 
-def test_file_that_is_no_database(log: Log, run: Run, tmp_path: Path) -> None:
+def test_file_that_is_no_database(
+    log: Log, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are printed, but the exit status tells."""
     other = tmp_path / "other"
     other.write_text("This is no database. " * 100)
-    lines = run(str(other), log.path)
+    assert neolog.main([str(other), log.path]) == 1
+    lines, err = (text.splitlines() for text in capsys.readouterr())
     assert len(lines) == 14
     assert f"cannot read {other}: file is not a database" in lines[-1]
+    assert err == [f"neolog: cannot read {other}: file is not a database"]
 
 
 def test_strange_values(log: Log, run: Run) -> None:
