@@ -32,7 +32,7 @@ def reset_clients(world: World, names: list[str], count: int, pause: float) -> f
     with world.measured() as m:
         for i in itertools.count():
             for name in names:
-                net.reset(f"client{i % 3 + 1}", name)
+                net.reset(f"client{i % world.clients + 1}", name)
             if net.resets >= count:
                 break
             time.sleep(world.rng.uniform(0, pause))
@@ -75,7 +75,8 @@ def test_13_reset_storage_master(tmp_path: Path) -> None:
 
 def test_14_reset_client_master(tmp_path: Path) -> None:
     """The links of clients to the masters are reset, again and again."""
-    with World(tmp_path, network=True) as world:
+    clients = 9 if FULL else 3  # each is connected once a second at most
+    with World(tmp_path, network=True, clients=clients) as world:
         gap = reset_clients(world, world.master_names, 1000 if FULL else 12, 0.15)
         counts = world.audit()
         resets = network(world).resets
