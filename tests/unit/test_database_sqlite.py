@@ -167,10 +167,11 @@ def test_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-def test_other_database_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", ["data", "log"])
+def test_other_database_is_refused(tmp_path: Path, table: str) -> None:
     path = tmp_path / "db"
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE data (x)")
+    connection.execute(f"CREATE TABLE {table} (x)")
     connection.commit()
     connection.close()
     with pytest.raises(ConfigurationError, match="not a database of NEO"):
