@@ -85,6 +85,3 @@ class Oids:
         maybe to somebody else: it knows those that are committed only.
         """
         return any(first <= oid <= last for first, last in self._former)
-
-
-__all__ = ["Oids"]
