@@ -49,6 +49,8 @@ SHORT = 100  # revisions of an object, transactions of a partition
 SHORT_UNDO = 4  # oids
 # Loads of one query, of those that come together.
 LOADS = 100
+# Objects that one query looks for, of those that are stored together.
+STORES = 500
 # Longest list that one request gets (its client asks for the rest).
 PAGE_MAX = 1 << 16
 
@@ -73,6 +75,7 @@ class ClientHandler(Handler):
         self.pending = operation.transactions.pending
         self.pending_by_oid = self.pending.by_oid
         self.load = operation.backend.load
+        self.store = operation.transactions.store
 
     def closed(self, conn: Connection) -> None:
         self.operation.node.forget(conn)
@@ -350,7 +353,7 @@ class ClientHandler(Handler):
         if data_serial is not None and data_serial > MAX_TID:
             raise ProtocolError(f"invalid data serial {data_serial.hex()}")
         write = Write(serial, value, data_serial)
-        self.transactions.store(conn, ttid, oid, serial, write)
+        self.store(conn, ttid, oid, serial, write)
 
     def ask_check_current_serial(
         self, conn: Connection, ttid: Tid, oid: Oid, serial: Tid
@@ -394,16 +397,107 @@ class ClientHandler(Handler):
         conn.answer(AnswerSize, self.backend.size())
 
 
-class LoadsTogether(ClientHandler):
+class Together(ClientHandler):
     """For a database where a query costs more than what it reads.
 
     Loads wait for the end of the turn of the loop: those of several clients, or of one
-    that asks for many objects in advance, are one query.
+    that asks for many objects in advance, are one query. So do stores, which need to
+    know the last revision of their objects; but not longer than for another packet
+    about transactions.
     """
 
     def __init__(self, operation: Operation) -> None:
         super().__init__(operation)
         self.wanted: list[tuple[Connection, int, Oid, Tid | None, Tid | None]] = []
+        self.store = self._store_later
+        self.stores: list[tuple[Connection, int, Tid, Oid, Tid, Write]] = []
+
+    # --- stores -------------------------------------------------------------------
+
+    def _store_later(
+        self, conn: Connection, ttid: Tid, oid: Oid, serial: Tid, write: Write
+    ) -> None:
+        if not self.stores:
+            self.operation.runtime.call_later(0, self._store_now)
+        self.stores.append((conn, conn.message_id, ttid, oid, serial, write))
+
+    def _store_now(self) -> None:
+        stores, self.stores = self.stores, []
+        if self.operation.is_over or not stores:
+            return
+        pending = self.pending
+        for start in range(0, len(stores), STORES):
+            some = stores[start : start + STORES]
+            if len(some) > 1:
+                oids = [oid for _, _, _, oid, _, _ in some]
+                pending.applied = self.backend.last_tids_of(oids)
+            for conn, msg_id, ttid, oid, serial, write in some:
+                if conn.closed:
+                    continue
+                conn.message_id = msg_id
+                try:
+                    self.transactions.store(conn, ttid, oid, serial, write)
+                except Refused as error:
+                    refuse(conn, msg_id, error)
+                except ProtocolError as error:
+                    conn.error(msg_id, ErrorCode.PROTOCOL_ERROR, str(error))
+                    conn.abort(str(error))
+            pending.applied = {}
+
+    def ask_check_current_serial(
+        self, conn: Connection, ttid: Tid, oid: Oid, serial: Tid
+    ) -> None:
+        if self._is_next(conn):
+            super().ask_check_current_serial(conn, ttid, oid, serial)
+
+    def ask_relock_object(self, conn: Connection, ttid: Tid, oid: Oid) -> None:
+        if self._is_next(conn):
+            super().ask_relock_object(conn, ttid, oid)
+
+    def ask_object_undo_serial(
+        self,
+        conn: Connection,
+        ttid: Tid,
+        ltid: Tid,
+        undone_tid: Tid,
+        oids: Sequence[Oid],
+    ) -> None:
+        if self._is_next(conn):
+            super().ask_object_undo_serial(conn, ttid, ltid, undone_tid, oids)
+
+    def ask_store_transaction(
+        self,
+        conn: Connection,
+        ttid: Tid,
+        user: bytes,
+        description: bytes,
+        extension: bytes,
+        oids: Sequence[Oid],
+        pack: PackRequest | None,
+    ) -> None:
+        if self._is_next(conn):
+            super().ask_store_transaction(
+                conn, ttid, user, description, extension, oids, pack
+            )
+
+    def ask_vote_transaction(self, conn: Connection, ttid: Tid) -> None:
+        if self._is_next(conn):
+            super().ask_vote_transaction(conn, ttid)
+
+    def abort_transaction(
+        self, conn: Connection, ttid: Tid, nids: Sequence[int]
+    ) -> None:
+        if self._is_next(conn):
+            super().abort_transaction(conn, ttid, nids)
+
+    def _is_next(self, conn: Connection) -> bool:
+        """Do what came before this packet; false if that closed its connection."""
+        msg_id = conn.message_id
+        self._store_now()
+        conn.message_id = msg_id
+        return not conn.closed
+
+    # --- loads --------------------------------------------------------------------
 
     def ask_object(
         self, conn: Connection, oid: Oid, at: Tid | None, before: Tid | None

@@ -27,7 +27,7 @@ from neo.lib.protocol import (
 
 from .background import Background, Chores, Pace
 from .checking import Checks
-from .client import ClientHandler, LoadsTogether
+from .client import ClientHandler, Together
 from .database.interface import Tid
 from .initialization import Cells, MasterHandler
 from .locks import ABSENT, BLIND, COMPLETE, READABLE, VOTED
@@ -165,7 +165,7 @@ class Operation:
         self.replication = Replication(self)
         self.checks = Checks(self)
         together = self.backend.loads_together or self.runtime.buggify("loads together")
-        self.client_handler = (LoadsTogether if together else ClientHandler)(self)
+        self.client_handler = (Together if together else ClientHandler)(self)
         self.master_handler = OperationHandler(self)
         self._set_access(range(node.pt.np))
 

@@ -34,6 +34,7 @@ class Pending:
         self._writer = writer
         self._unapplied: dict[Tid, Transaction] = {}  # by ttid, in order of their locks
         self.by_oid: dict[Oid, list[Transaction]] = {}
+        self.applied: dict[Oid, Tid | None] = {}  # last tids in the database, of now
         self._reads: dict[Connection, int] = {}
 
     def __contains__(self, ttid: Tid) -> bool:
@@ -64,6 +65,8 @@ class Pending:
         for transaction in reversed(self.by_oid.get(oid, ())):
             if transaction.state == UNLOCKED:
                 return transaction.tid
+        if oid in self.applied:
+            return self.applied[oid]
         return self._backend.last_tid_of(oid)
 
     def load(

@@ -747,6 +747,10 @@ def test_round_trips(db: MySQLBackend) -> None:
         found[name] = reader.take()
     assert any(db.load_many([(p64(n), None, p64(300)) for n in range(100)]))
     found["100 loads that come together"] = reader.take()
+    assert db.last_tid_of(p64(1)) is not None
+    found["store"] = reader.take()
+    assert all(db.last_tids_of([p64(n) for n in range(100)]).values())
+    found["100 stores that come together"] = reader.take()
     assert found == {name: int(count) for name, count in table.items() if name in found}
     assert db._query("SELECT COUNT(*) FROM tobj") == [(0,)]
 
