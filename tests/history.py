@@ -243,7 +243,7 @@ def _check_replicas(replicas: Mapping[str, Any], wrong: list[str]) -> None:
 
 def _difference(a: Any, b: Any) -> str:
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        keys = [k for k in sorted({*a, *b}, key=repr) if a.get(k) != b.get(k)]
         return ", ".join(f"{k!r}: {a.get(k)!r} != {b.get(k)!r}" for k in keys[:3])
     return f"{a!r} != {b!r}"
 

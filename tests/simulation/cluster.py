@@ -537,7 +537,7 @@ class Cluster:
         result: dict[str, dict[Any, Any]] = {}
         for name in self.storages:
             node = self.sim.app(name)
-            if node is None:  # a spare one
+            if node is None or node.operation is None:  # a spare one, or refused
                 continue
             backend = node.backend
             for partition, cell in backend.own_cells().items():

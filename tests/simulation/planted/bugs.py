@@ -176,28 +176,16 @@ BUGS = (
     ),
     # --- failures of storages ---
     Bug(
-        "failed votes are always accepted",
-        "neo.master.app:Master.operational_without",
-        "return self.pt.operational({n: None for n in running if n not in nids})",
-        "return True",
-    ),
-    Bug(
-        "storages where writes failed stay up to date",
+        "storages where writes failed are left aside for once",
         f"{MASTER}.finish",
-        "    if nid in holders:\n",
-        "    if False:\n",
+        'master.expel(nid, f"writes of {ttid.hex()} failed there")',
+        "del holders[nid]",
     ),
     Bug(
         "commits wait for no table on the disks",
         "neo.master.settling:Settling.table_changed",
         "if node is not None and",
         "if False and",
-    ),
-    Bug(
-        "clients keep quiet about storages that failed",
-        f"{COMMIT}._arbitrate",
-        "if nid in running]",
-        "if False]",
     ),
     # --- recovery and verification ---
     Bug(
@@ -229,6 +217,12 @@ BUGS = (
         "neo.storage.database.sql:SQLBackend.drop_unfinished",
         "list(self._voted)",
         "()",
+    ),
+    Bug(
+        "an empty storage with another's nid is believed to have its data",
+        "neo.storage.app:StorageNode._identity",
+        "self.backend.settings().ptid is not None",
+        "self.pt.ptid is not None",
     ),
     # --- replication ---
     Bug(
