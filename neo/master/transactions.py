@@ -460,7 +460,7 @@ class Transactions:
         for transaction in list(self.in_progress.values()):
             if transaction.tid is None:
                 self.log.warning("%r: aborted, the cluster stops", transaction)
-                self._drop(transaction, list(self.ready))
+                self._expire(transaction)
         self._ended()
 
     def stalled(self, conn: Connection, ttid: bytes) -> None:
@@ -474,18 +474,23 @@ class Transactions:
             conn.notify(AbortTransaction, ttid, ())
         elif transaction.tid is None:
             self.log.warning("%r: others wait, its client stalls: aborted", transaction)
-            self.expired[ttid] = transaction.client
-            if len(self.expired) > EXPIRED_MAX:
-                del self.expired[next(iter(self.expired))]
-            others = []
-            for nid, (_, storage) in self.ready.items():
-                node = storage.node
-                if node is not None and "features" in node.extra:
-                    storage.notify(NotifyStalledTransaction, ttid)
-                else:
-                    others.append(nid)
-            self._drop(transaction, others)
+            self._expire(transaction)
             self._ended()
+
+    def _expire(self, transaction: Transaction) -> None:
+        """Abort what its client may still be about to write or to vote."""
+        ttid = transaction.ttid
+        self.expired[ttid] = transaction.client
+        if len(self.expired) > EXPIRED_MAX:
+            del self.expired[next(iter(self.expired))]
+        others = []
+        for nid, (_, storage) in self.ready.items():
+            node = storage.node
+            if node is not None and "features" in node.extra:
+                storage.notify(NotifyStalledTransaction, ttid)
+            else:
+                others.append(nid)
+        self._drop(transaction, others)
 
     def _drop(self, transaction: Transaction, nids: Sequence[int]) -> None:
         """Abort: tell these storages, and those that wait for its end."""
