@@ -133,6 +133,8 @@ class Logger:
         self._throttled: dict[Hashable, tuple[float, int]] = {}
         self._file = LogFile(path, name, fast=everything) if path else None
         self.tracing = self._file is not None
+        if self._file is not None and self._file.was_damaged:
+            self.warning("the log was damaged: what it had is in %s.damaged", path)
 
     def set_node(self, cluster: str, nid: int | None) -> None:
         """Say who logs from now on; the nid is None as long as it is unknown."""
@@ -491,6 +493,7 @@ class LogFile:
         self._name = name or None
         self._fast = fast
         self._db: sqlite3.Connection | None = None
+        self.was_damaged = False
         lock = f"{os.path.realpath(path)}.lock"
         new = not os.path.exists(lock)
         try:
@@ -512,7 +515,24 @@ class LogFile:
             raise ConfigurationError(f"cannot open log file {path}: {error}") from None
 
     def open(self) -> sqlite3.Connection:
-        """Open the file, and create the tables that it lacks."""
+        """Open the file, and create the tables that it lacks.
+
+        There is no journal on disk (the file may be renamed at any time), so a kill in
+        the middle of a write can damage it. That must not keep a node from working: the
+        file becomes `.damaged`, whatever had this name, and a new one takes its place.
+        """
+        try:
+            return self._open()
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", 0)
+            if code & 0xFF != sqlite3.SQLITE_CORRUPT:
+                raise
+        path = os.path.realpath(self.path)
+        os.replace(path, f"{path}.damaged")
+        self.was_damaged = True
+        return self._open()
+
+    def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(
             self.path,
             timeout=BUSY_TIMEOUT_S,

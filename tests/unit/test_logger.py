@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import logging
 import os
 import signal
@@ -660,3 +661,23 @@ def test_signals(path: str) -> None:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
         logger.close()
+
+
+def test_damaged_file(tmp_path: Path) -> None:
+    """A kill in the middle of a write can damage it: the node starts all the same."""
+    path = tmp_path / "node.log"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE x (y)")
+    db.close()
+    with open(path, "r+b") as file:
+        file.seek(100)  # the root page of the schema
+        file.write(b"\xff" * 200)
+    before = path.read_bytes()
+    log = Logger(str(path))
+    log.warning("works")
+    log.close()
+    assert (tmp_path / "node.log.damaged").read_bytes() == before
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        first, second = (text for (text,) in db.execute("SELECT msg FROM log"))
+    assert first == f"the log was damaged: what it had is in {path}.damaged"
+    assert second == "works"
