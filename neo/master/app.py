@@ -369,12 +369,15 @@ class Master:
 
     def operational(self) -> bool:
         """Is each partition readable on a RUNNING storage?"""
-        return self.pt.operational(self.nodes.running())
+        return self._operational_on(self.nodes.running())
 
     def operational_without(self, nids: Container[int]) -> bool:
         """Would it be, without these storages?"""
         running = self.nodes.running()
-        return self.pt.operational({n: None for n in running if n not in nids})
+        return self._operational_on({n: None for n in running if n not in nids})
+
+    def _operational_on(self, nids: Container[int]) -> bool:
+        return self.pt.operational(nids) and self.transactions.settling.carried(nids)
 
     def send_table(self, *kinds: NodeType) -> None:
         """Send the whole table to all nodes of these types."""
@@ -410,10 +413,6 @@ class Master:
             for partition, nid, _ in cells
             if pt.state(partition, nid) is None
         ]
-        # What only makes cells readable that were there takes nothing from anybody.
-        changes_who_is_needed = new or any(
-            state not in READABLE for _, _, state in cells
-        )
         pt.update(ptid, replicas, cells)
         if new:
             self.transactions.cells_assigned(new)
@@ -421,6 +420,7 @@ class Master:
         for partition, nid, state in cells:
             # What is replicated for a former assignment doesn't count any more.
             self.updatable.pop((partition, nid), None)
+            self._replicated.pop((partition, nid), None)
             if state is not CellState.DISCARDED:
                 self.members[nid] = None
                 if node := self.nodes.by_nid(nid):
@@ -430,8 +430,7 @@ class Master:
             node.connection.notify_encoded(
                 NotifyPartitionChanges, tail, ptid, replicas, cells
             )
-        if changes_who_is_needed:
-            self.primary.table_changed()
+        self.primary.table_changed()
         if complete and not self._complete():
             self.log.warning("partition table %d: some cells are out of date", ptid)
 

@@ -65,7 +65,11 @@ class Running(PrimaryPhase):
         for node in master.nodes.identified(NodeType.STORAGE):
             if node.state is NodeState.RUNNING:
                 self.start_storage(node)
-        self.table_changed()
+        if len(master.nodes.of_type(NodeType.MASTER)) > 1:
+            self.table_changed()
+        else:
+            # Nobody else can have changed it meanwhile.
+            master.transactions.settling.assume()
 
     def leave(self) -> None:
         self.master.admin_handler.checks.abort("the cluster is not RUNNING any more")
@@ -75,9 +79,8 @@ class Running(PrimaryPhase):
         return True
 
     def table_changed(self) -> None:
-        if len(self.master.nodes.of_type(NodeType.MASTER)) > 1:
-            self.master.transactions.settling.table_changed()
-            self._watch_soon()
+        self.master.transactions.settling.table_changed()
+        self._watch_soon()
 
     def start_storage(self, node: Node) -> None:
         """Let a RUNNING storage serve; it will say when it is ready."""

@@ -1,5 +1,10 @@
 """Which version of the partition table nobody can miss (testing.md P7 and P16).
 
+A cell that becomes readable may replace the others of its partition only once they know
+it, else one of them, back alone, would find nobody missing. So the operation goes on
+after a loss only if each partition has a storage that was readable in the last settled
+table (`carried`).
+
 When a storage is lost, its cells get out of date and commits go on without it. Whoever
 starts the cluster later must not take its data for complete. A new primary waits for
 all storages that are readable in the newest table it finds, so a table that just one of
@@ -9,8 +14,6 @@ its own, that wait would have no end. It may start with the others if
 - they have all partitions, and those that are absent can't have them all;
 - what was committed without them is known to be so: if the operation went on after the
   newest table that is found, then with a later one (*later*); nobody here has it.
-
-(With a single master, it knows itself which table was the last.)
 
 The second point follows if a commit is acknowledged only when the present table is on
 the disks of all readable storages: then those of *later* are all absent, but the absent
@@ -23,7 +26,7 @@ having written what came before; of orders after the last possible tid there are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
 from neo.lib.node import Node
@@ -50,12 +53,23 @@ class Settling:
         self._wanted: dict[Node, int] = {}  # questions without answer
         self.readable: Sequence[Sequence[int]] = ()
 
+    def carried(self, running: Container[int]) -> bool:
+        """Has each partition one of these storages that was readable in the last table
+        that settled?
+        """
+        return all(any(nid in running for nid in nids) for nids in self.readable)
+
+    def assume(self) -> None:
+        """The present table is the first one, and nobody is asked."""
+        self.readable = list(self.master.pt.readable)
+
     def table_changed(self) -> None:
-        """The present table must settle."""
+        """The present table must settle, with those that it makes late, too."""
         master = self.master
         now = master.runtime.monotonic()
         running = master.nodes.running()
-        for nid in master.pt.readable_nids():
+        settled = {nid for nids in self.readable for nid in nids}
+        for nid in sorted(settled.union(master.pt.readable_nids())):
             node = running.get(nid)
             if node is not None and node.connection is not None:
                 self.owing.setdefault(node, now)

@@ -384,9 +384,7 @@ class Cluster:
             before = self._seen.get(process.name)
             if seen != before:
                 self._seen[process.name] = seen
-                if before is None or before[0] is not app.phase:
-                    self._checked.clear()  # it was perhaps another one's cluster
-                self._check_new_cells()
+                self._check_new_cells(before is None or before[0] is not app.phase)
         elif isinstance(app, StorageNode):
             operation = app.operation
             if operation is not None and operation is not self._operations.get(app):
@@ -499,15 +497,17 @@ class Cluster:
                 if not disk.has_object(partition, oid, tid, ttid):
                     raise fail(partition, name, f"object {oid.hex()}")
 
-    def _check_new_cells(self) -> None:
-        """Cells that became readable, or are it after a start, have, durably, all that
-        was acknowledged.
+    def _check_new_cells(self, is_start: bool) -> None:
+        """Cells that became readable have, durably, all that was acknowledged; after a
+        start, all those that are readable.
         """
         primary = self.primary
         if primary is None or not self.running:
             return
         pt = primary.pt
-        if any((disk.ptid or 0) > (pt.ptid or 0) for disk in self.disks.values()):
+        if is_start:
+            self._checked.clear()
+        elif any((disk.ptid or 0) > (pt.ptid or 0) for disk in self.disks.values()):
             return  # another one was primary since
         before, self._checked = self._checked, dict.fromkeys(_readable(pt))
         for cell in self._checked:

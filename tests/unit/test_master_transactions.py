@@ -572,6 +572,8 @@ def test_two_replicas_return_before_it_can_be_told() -> None:
         world.tell(world.storage(name), NotifyReplicationDone, 0, tid)
     assert world.table == "UOO UOO"
     settling.storage_lost(first)
+    assert world.table == "UUO UOO"
+    world.settle()
     assert world.table == "UUU UOO"
 
 
