@@ -225,9 +225,11 @@ class StorageNode:
         if code != ErrorCode.PROTOCOL_ERROR:
             return  # NOT_READY: later, maybe
         self._refusals += 1
-        # The nid may be in a table that was not written here yet, so it is given up for
-        # one attempt out of two only.
-        self._gives_up_nid = self._is_spare() and not self._gives_up_nid
+        # Who has seen a table says that it is spare, and the master does what is right.
+        # Else the nid may be in a table that was not written here yet, so it is given
+        # up for one attempt out of two only.
+        is_wish = self._is_spare() and self.backend.settings().ptid is None
+        self._gives_up_nid = is_wish and not self._gives_up_nid
         limit = self.options.max_refusals
         if limit and self._refusals >= limit:
             self.log.error("refused %d times by the masters: %s", self._refusals, text)
