@@ -391,9 +391,11 @@ class Cluster:
                 self._operations[app] = operation
                 # When it has dropped what was not finished.
                 self.sim.after(1.0, lambda: self._check_start(process, operation))
-        elif isinstance(app, ClientNode) and not self.truncating:
+        elif isinstance(app, ClientNode):
             tid = app.storage._core.last_tid
-            if tid is not None:
+            if self.truncating:
+                self.last_tids.pop(process.name, None)
+            elif tid is not None:
                 incarnation, previous = self.last_tids.get(process.name, (0, b""))
                 assert incarnation != process.incarnation or tid >= previous, (
                     f"{process.name}: last tid decreases"
