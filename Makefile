@@ -9,7 +9,7 @@ VENV ?= .venv
 DIR ?= .neo
 SEEDS ?= 1000
 # Random runs of clusters in the simulator that are part of `make test`.
-RUNS ?= 50
+RUNS ?= 1000
 INPUTS ?= 1000000
 SECONDS ?= 600
 WORKERS ?= 2
