@@ -143,6 +143,7 @@ class Cluster:
         self.spares = self.storages[shape.storages :]
         self.admins = [f"a{i}{suffix}" for i in range(shape.admins)]
         self.clients = [f"c{i}{suffix}" for i in range(shape.clients)]
+        self._names = frozenset((*self.nodes, *self.clients))
         self.addresses: dict[str, Address] = {
             name: (HOST, base + 100 * number + i)
             for base, names in (
@@ -376,6 +377,8 @@ class Cluster:
 
     def check(self, process: Process) -> None:
         """Hold after every event of a process, besides what each node checks."""
+        if process.name not in self._names:
+            return  # of another cluster
         app = process.app
         if isinstance(app, Master):
             if app.truncate_tid is not None:
