@@ -171,6 +171,7 @@ def run_client(options: dict[str, Any]) -> None:
         stopping.append(number)
 
     signal.signal(signal.SIGTERM, stop)
+    Path(options["ready"]).touch()
     faulthandler.register(signal.SIGUSR1, open(options["stderr"], "a"))  # noqa: SIM115
     journal = Journal(options["journal"])
     try:
@@ -318,6 +319,7 @@ class World(Cluster):
             "masters": self.master_nodes,
             "cluster": self.name,
             "journal": journal,
+            "ready": self._ready(name),
             "stderr": self.stderr(name),
             "env": self._environment(name),
             "limits": {
@@ -504,10 +506,14 @@ class World(Cluster):
                 time.sleep(0.05)
             assert time.monotonic() < deadline, self.describe()
 
+    def _ready(self, name: str) -> str:
+        """File that the client makes as soon as SIGTERM ends it well."""
+        return self.path(f"{name}.{self._incarnations[name]}.ready")
+
     def stop_client(self, name: str) -> None:
         """SIGTERM; it must end well, which may take as long as a commit."""
+        self._terminate(name)
         process = self.workers.pop(name)
-        process.terminate()
         process.join(PATIENCE)
         self.read()
         if process.exitcode is None:
@@ -518,10 +524,18 @@ class World(Cluster):
             process.join()
         assert process.exitcode == 0, f"{name}: {self.said(name)}"
 
+    def _terminate(self, name: str) -> None:
+        process = self.workers[name]
+        until(
+            lambda: not process.is_alive() or Path(self._ready(name)).exists(),
+            f"start of {name}",
+        )
+        process.terminate()
+
     def stop_clients(self) -> None:
         """SIGTERM to all."""
-        for process in self.workers.values():
-            process.terminate()
+        for name in self.workers:
+            self._terminate(name)
         for name in list(self.workers):
             self.stop_client(name)
 
