@@ -8,7 +8,13 @@ here = Path(__file__).parent
 
 extras = {
     "admin": [],
-    "client": ["ZODB >= 5.6"],
+    # isal is optional, and installed where that needs no compiler.
+    "client": [
+        "ZODB >= 5.6",
+        "isal >= 1.6; sys_platform == 'linux' and implementation_name == 'cpython'"
+        " and python_version < '3.16'"
+        " and (platform_machine == 'x86_64' or platform_machine == 'aarch64')",
+    ],
     "ctl": [],
     "master": [],
     "storage-importer": ["ZODB >= 5.6", "setproctitle"],

@@ -14,20 +14,23 @@ from typing import Any
 
 from .exception import ConfigurationError
 
-# Reads go through this: ISA-L is twice as fast on big data, where it is installed. Its
-# compression is not used: what it stores for ever is bigger.
-inflate: Any = zlib
+# Where it is installed, ISA-L makes and reads the same format: 2 to 6 times as fast,
+# for -6 to +10 % of the size (docs/performance.md).
+isal: Any = None
 with suppress(ImportError):
-    from isal import isal_zlib as inflate  # type: ignore[no-redef]
+    from isal import isal_zlib as isal
+inflate: Any = isal or zlib
 _ERRORS: tuple[type[Exception], ...] = (zlib.error, inflate.error)
 
 RAW = 0
 ZLIB = 1
 
-# As zlib's (6) for what is small. At 64 KiB, 6 takes 2.5 to 6 times as long as 1 for 0
-# to 20 % less, at 8 KiB 1.2 to 2.5 times as long as 4 for 0 to 2 % less; and the
-# smallest data shrink by a few bytes, if at all (docs/performance.md).
+# ISA-L's level 2 (0 to 3: 3 takes up to twice as long for 0 to 5 % less). With zlib, 6
+# for what is small: at 64 KiB, 6 takes 2.5 to 6 times as long as 1 for 0 to 20 % less,
+# at 8 KiB 1.2 to 2.5 times as long as 4 for 0 to 2 % less. The smallest data shrink by
+# a few bytes, if at all (docs/performance.md).
 DEFAULT_LEVEL = -1
+_ISAL_LEVEL = 2
 _TINY = 64  # bytes
 _LEVEL_4 = 4 << 10  # from here on
 _LEVEL_1 = 64 << 10
@@ -74,12 +77,21 @@ def compress(data: bytes, level: int | None) -> tuple[int, bytes, bytes]:
         if level == DEFAULT_LEVEL:
             if len(data) <= _TINY:
                 return RAW, sha1(data).digest(), data
-            if len(data) >= _LEVEL_4:
-                level = 1 if len(data) >= _LEVEL_1 else 4
-        packed = _deflate(data, level)
+            packed = _deflate_default(data)
+        else:
+            packed = _deflate(data, level)
         if len(packed) < len(data):
             return ZLIB, sha1(packed).digest(), packed
     return RAW, sha1(data).digest(), data
+
+
+def _deflate_default(data: bytes) -> bytes:
+    """As DEFAULT_LEVEL wants."""
+    if isal is not None:
+        packed: bytes = isal.compress(data, _ISAL_LEVEL)
+        return packed
+    size = len(data)
+    return _deflate(data, 6 if size < _LEVEL_4 else 4 if size < _LEVEL_1 else 1)
 
 
 def _deflate(data: bytes, level: int) -> bytes:
@@ -96,7 +108,7 @@ def _shrinks(data: bytes) -> bool:
     """Is it likely that compression pays? Pictures and archives should not cost it."""
     last = len(data) - _SAMPLE
     sample = b"".join(data[at : at + _SAMPLE] for at in (0, last // 2, last))
-    return len(_deflate(sample, 1)) < len(sample)
+    return len(_deflate_default(sample)) < len(sample)
 
 
 def decompress(
