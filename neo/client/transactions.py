@@ -145,6 +145,8 @@ class Transaction(FirstPhase):
         self._wait_votes(awaiting, voted, tuple(conns.values()))
         self.check_session()
         self.written.setdefault(partition, {}).update(dict.fromkeys(cells))
+        if self.failed or self.blind:
+            self._check_locks()
         if self.failed:
             self._arbitrate()
         self.check_session()
@@ -174,15 +176,21 @@ class Transaction(FirstPhase):
                     self.node_failed(nid)
                 return
 
-    def _arbitrate(self) -> None:
-        """May the transaction be finished without the nodes that failed?"""
-        app = self.app
+    def _check_locks(self) -> None:
+        """Some cell of each partition must have compared what it was given.
+
+        Without failures too: a readable cell may be dropped while a store waits there.
+        """
         for partition, nids in self.written.items():
             blind = self.blind.get(partition, ())
             if all(nid in self.failed or nid in blind for nid in nids):
                 raise NEOStorageTransientError(
                     f"partition {partition} is not fully write-locked"
                 )
+
+    def _arbitrate(self) -> None:
+        """May the transaction be finished without the nodes that failed?"""
+        app = self.app
         running = app.nm.running()
         failed = [nid for nid in self.failed if nid in running]
         if failed:

@@ -82,16 +82,17 @@ class Transaction:
     """A transaction in progress on this node.
 
     `checks` maps an oid to the serial that must still be current; `conflicts` are the
-    oids whose last store or check was refused; `blind` are the oids
-    written without lock, `locks` those whose write lock is held; `notified` those for
-    which the client was asked to lock again; `waiting` counts the parked requests per
-    oid.
+    oids whose last store or check was refused, `forgotten` those whose blind one turned
+    out to conflict, which nobody was told by this node; `blind` are the oids written
+    without lock, `locks` those whose write lock is held; `notified` those for which the
+    client was asked to lock again; `waiting` counts the parked requests per oid.
     """
 
     __slots__ = (
         "blind",
         "checks",
         "conflicts",
+        "forgotten",
         "has_metadata",
         "is_durable",
         "locks",
@@ -117,6 +118,7 @@ class Transaction:
         self.writes: dict[Oid, Write] = {}
         self.checks: dict[Oid, Tid] = {}
         self.conflicts: dict[Oid, None] = {}
+        self.forgotten: dict[Oid, None] = {}
         self.blind: dict[Oid, None] = {}
         self.locks: dict[Oid, None] = {}
         self.notified: dict[Oid, None] = {}

@@ -257,8 +257,10 @@ class Transactions:
                     # Its own, or a younger one's: those who wait are younger, too.
                     self._reservations.pop(oid).timer.cancel()
             transaction.blind.pop(oid, None)
+            transaction.forgotten.pop(oid, None)
         elif outcome == LOCKLESS:
             transaction.blind[oid] = None
+            transaction.forgotten.pop(oid, None)
             answer = ZERO_TID
         elif outcome == IGNORED:
             self._answer(demand, ZERO_TID)
@@ -271,6 +273,7 @@ class Transactions:
         else:
             assert type(outcome) is bytes, outcome
             transaction.conflicts[oid] = None
+            transaction.forgotten.pop(oid, None)
             if oid not in self._locks and (
                 demand.kind == STORE or oid in transaction.writes
             ):
@@ -527,6 +530,11 @@ class Transactions:
                 raise ProtocolError(f"unknown transaction {ttid.hex()}")
             transaction = self._join(conn, ttid)
             answer, kept = AnswerVoteTransaction, None
+        if transaction.forgotten:
+            oid = next(iter(transaction.forgotten))
+            raise Refused(
+                ErrorCode.INCOMPLETE_TRANSACTION, f"conflict of {oid.hex()}, not told"
+            )
         if transaction.waiting or transaction.conflicts or transaction.spilling:
             assert conn.node is not None
             if FEATURE_EARLY_VOTE in conn.node.extra.get("features", ()):
@@ -714,6 +722,8 @@ class Transactions:
             del transaction.blind[oid]
         for oid in select(transaction.checks):
             del transaction.checks[oid]
+        for oid in select(transaction.forgotten):
+            del transaction.forgotten[oid]
         for oid in select(transaction.writes):
             if transaction.state == OPEN:
                 self._discard(transaction, oid)
@@ -754,7 +764,9 @@ class Transactions:
     def settle_blind_writes(self, partition: int) -> None:
         """Make the blind writes of a partition normal ones: its history is complete.
 
-        One that conflicts is forgotten, silently: a readable cell told its client.
+        One that conflicts is forgotten, silently: a readable cell told its client, who
+        stores again, or doesn't vote. If that cell was dropped before it could, the
+        vote is refused here.
         """
         for transaction in tuple(self.by_ttid.values()):
             if transaction.state == UNLOCKED:
@@ -772,6 +784,7 @@ class Transactions:
                     self._release(transaction, oid)
                     self._discard(transaction, oid)
                     transaction.checks.pop(oid, None)
+                    transaction.forgotten[oid] = None
         self._serve()
 
     # --- reads --------------------------------------------------------------------

@@ -548,6 +548,16 @@ def test_not_fully_locked(world: Fake, app: ClientApp) -> None:
         txn.vote()
 
 
+def test_not_locked_at_all(world: Fake, app: ClientApp) -> None:
+    """Nor if no storage failed: a cell may be dropped while a store waits there."""
+    both(world, "AskStoreObject", lambda *_: [("AnswerStoreObject", ZERO_TID)])
+    txn = begin(app)
+    store(txn)
+    assert txn.wait_stores()
+    with pytest.raises(NEOStorageTransientError, match="write-locked"):
+        txn.vote()
+
+
 @pytest.mark.parametrize("final", ["master", "storage", "never"])
 def test_lost_answer(world: Fake, app: ClientApp, final: str) -> None:
     """3.11: master, then storages, tell what happened."""

@@ -17,6 +17,8 @@ from neo.lib.protocol import (
     AddTransaction,
     AnswerFetchObjects,
     AnswerFetchTransactions,
+    AnswerStoreObject,
+    AnswerStoreTransaction,
     AnswerUnfinishedTransactions,
     AskCheckSerialRange,
     AskCheckTIDRange,
@@ -109,6 +111,22 @@ def test_replication() -> None:
     assert c.load(A)[1] == T2
     h.advance(99)
     assert h.m.is_closed or not peer.is_closed
+
+
+def test_conflict_that_nobody_told() -> None:
+    """The readable cell was dropped while the store waited there."""
+    h, peer = replicating()
+    c = h.client()
+    c.store(T3, A, b"blind")
+    c.expect(AnswerStoreObject)
+    transfer(peer)
+    h.m.expect(NotifyReplicationDone)
+    c.vote(T3, A)
+    assert c.receive(Error)[0] == ErrorCode.INCOMPLETE_TRANSACTION
+    c.store(T3, A, b"resolved", T2)
+    assert c.receive(AnswerStoreObject) == (None,)
+    c.vote(T3, A)
+    c.expect(AnswerStoreTransaction)
 
 
 def test_transactions_that_were_open() -> None:
