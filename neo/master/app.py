@@ -133,6 +133,8 @@ class Master:
         # Did the cluster run just before, under us or the primary that we followed?
         self.was_running = False
         self.known_ptid = 0  # the greatest of all: if there is one, a database exists
+        # Was one ever seen? Then none is made on empty storages, unless one is asked to.
+        self.has_database = False
         # Tid after which a pending truncation removes all.
         self.truncate_tid: bytes | None = None
         # Storages that belong to the cluster: they have cells, or were added.

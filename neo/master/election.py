@@ -406,7 +406,7 @@ class _Following(Handler):
     def notify_cluster_information(self, conn: Connection, state: ClusterState) -> None:
         self.master.log.info("the cluster is %s", state)
         if state is ClusterState.RUNNING:
-            self.master.was_running = True
+            self.master.was_running = self.master.has_database = True
         if state is ClusterState.STOPPING:
             self.master.end("the cluster stops")
 

@@ -193,6 +193,7 @@ class Recovering(PrimaryPhase):
         answer = self.answers[node]
         self.backup_tid = answer.backup_tid
         master.known_ptid = max(master.known_ptid, ptid)
+        master.has_database = True
         for other in self.answers.values():
             self._note_truncation(other)
         master.members = dict.fromkeys(master.pt.nids())
@@ -283,11 +284,16 @@ class Recovering(PrimaryPhase):
         autostart = master.options.autostart
         if master.known_ptid:
             return f"a storage with a partition table: {master.known_ptid} was the last"
-        if storages and (
-            master.startup_forced or (autostart and len(storages) >= autostart)
-        ):
+        if storages and master.startup_forced:
             return storages
+        if master.has_database:
+            return (
+                "a storage with a partition table: there was one; or an administrator"
+                " to create a new cluster"
+            )
         if autostart:
+            if len(storages) >= autostart:
+                return storages
             missing = autostart - len(storages)
             return f"{missing} storages to create a new cluster, or an administrator"
         return "storages, and an administrator to start the cluster"

@@ -59,6 +59,7 @@ class Running(PrimaryPhase):
 
     def enter(self) -> None:
         master = self.master
+        master.has_database = True
         self.take_storages()
         master.tell_state()
         self.authority.start()

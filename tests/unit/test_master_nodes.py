@@ -523,6 +523,30 @@ def test_takeover_while_running() -> None:
     assert other.transactions.last_tid == tid
 
 
+def test_nothing_is_created_twice() -> None:
+    """Who followed the primary of a running cluster knows that there is a database."""
+    world = World(masters=2, autostart=1)
+    world.until(lambda: elected(world, 2))
+    primary = primaries(world)[0]
+    other = "M1" if primary == "M0" else "M0"
+    world.start_storage("S1", to=world.addresses[int(primary[1:])])
+    first = world.sim.app(primary)
+    world.until(lambda: first.phase.state is ClusterState.RUNNING)
+    world.settle()
+    world.sim.crash("S1")
+    world.sim.crash(primary)
+    world.until(lambda: primaries(world) == [other])
+    to = world.addresses[int(other[1:])]
+    world.start_storage("S2", to=to)
+    world.settle(5)
+    second = world.sim.app(other)
+    assert second.phase.state is ClusterState.RECOVERING
+    (line,) = second.phase.describe()
+    assert "there was one" in line
+    world.start_storage("S1", to=to)
+    world.until(lambda: second.phase.state is ClusterState.RUNNING)
+
+
 def test_unsynchronised_masters_at_creation() -> None:
     """Scenario 6: two storages, each at another master, both with the nid 1."""
     world = World(masters=2, replicas=1, autostart=2)
