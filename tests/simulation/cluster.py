@@ -342,21 +342,22 @@ class Cluster:
     def healthy(self) -> bool:
         """Whether all storages that have cells serve all of them.
 
-        Those that have none are pending after a restart of the cluster.
+        Those that have none are pending after a restart of the cluster; one that got
+        the nid of an absent storage may be refused, until its database is erased.
         """
         primary = self.primary
         if primary is None or not self.running:
             return False
         pt = primary.pt
-        apps = {
-            app.nid: app
+        serving = {
+            app.nid
             for name in self.storages
-            if (app := self.sim.app(name)) is not None
+            if (app := self.sim.app(name)) is not None and app.operation
         }
         return (
             all(state in READABLE for _, _, state in pt)
             and primary.nodes.running().keys() >= set(pt.nids())
-            and all(nid in apps and apps[nid].operation for nid in pt.nids())
+            and serving.issuperset(pt.nids())
         )
 
     def storage(self, name: str = "c0") -> TokenStorage:
