@@ -133,7 +133,7 @@ class Master:
         # Did the cluster run just before, under us or the primary that we followed?
         self.was_running = False
         self.known_ptid = 0  # the greatest of all: if there is one, a database exists
-        # Was one ever seen? Then none is made on empty storages, unless one is asked to.
+        # Was one ever seen? Then none is made on empty storages unless it is asked for.
         self.has_database = False
         # Tid after which a pending truncation removes all.
         self.truncate_tid: bytes | None = None
