@@ -414,6 +414,9 @@ class FirstPhase:
         """A storage does not want the transaction."""
         if code == ErrorCode.INCOMPLETE_TRANSACTION:
             self.error = NEOStorageTransientError(f"{nid_str(nid)} aborted it: {text}")
+        elif code == ErrorCode.PROTOCOL_ERROR:
+            # Something was damaged on the way: the connection is closed.
+            self.error = NEOStorageTransientError(f"{nid_str(nid)} refused it: {text}")
         else:
             self.error = NEOStorageError(f"storage {nid_str(nid)}: {text}")
 
