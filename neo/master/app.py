@@ -125,7 +125,8 @@ class Master:
         # administrator. Else it is because we lost operation, and nobody else can have
         # run the cluster since then: all other masters still follow us, on the
         # connections that they had. But then storages that missed a commit are not
-        # enough: they need at least this version of the table.
+        # enough, nor those that missed one before we started: they need at least this
+        # version of the table.
         self.startup_allowed = False
         self.startup_forced = False
         self.followers: dict[Node, Connection] = {}

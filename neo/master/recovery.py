@@ -426,6 +426,12 @@ class Recovering(PrimaryPhase):
         self.election.stop()
         changed = []
         if self.loaded:
+            # What was acknowledged so far is in what this table calls readable, unless
+            # an administrator gives it up.
+            ptid = master.pt.ptid or 0
+            if not master.startup_forced:
+                ptid = max(ptid, master.committed_ptid)
+            master.committed_ptid = ptid
             joining = [
                 node
                 for node in nodes.identified(NodeType.STORAGE)

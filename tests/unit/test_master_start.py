@@ -124,6 +124,27 @@ def restart(world: World, *names: str, **claim: object) -> None:
         world.start_storage(name, **claim)
 
 
+def test_older_data_are_not_enough() -> None:
+    """What was committed under the master before is not forgotten by the next one."""
+    world = two()
+    world.sim.crash("S1")
+    world.until(lambda: world.table == "OU OU")
+    tid = commit(world, world.client("C1"), 1)
+    restart(world, "S2")
+    world.running()
+    world.sim.crash("S2")
+    world.settle()
+    world.start_storage("S1")  # before anything else is committed
+    world.settle(3)
+    assert world.state is RECOVERING
+    (line,) = world.master.phase.describe()
+    assert "S2" in line
+    assert "which may have newer data" in line
+    world.start_storage("S2")
+    world.running()
+    assert world.master.transactions.last_tid == tid
+
+
 def test_restart_waits_for_all_readable_nodes() -> None:
     """Scenario 22."""
     world = two()
