@@ -12,7 +12,7 @@ Source: behaviour.md 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from hashlib import sha1
 from typing import Any
@@ -32,6 +32,7 @@ from neo.lib.protocol import (
     AskRelockObject,
     AskStoreObject,
     ErrorCode,
+    Packet,
     Ping,
 )
 
@@ -258,18 +259,17 @@ class FirstPhase:
         return size
 
     def _store(self, version: Version, record: Record, *, waiting: bool = True) -> None:
-        self._send(
-            version,
-            lambda conn: conn.ask(
-                AskStoreObject,
-                version.oid,
-                version.serial,
-                *record,
-                version.data_serial,
-                self.ttid,
-            ),
-            waiting=waiting,
+        compression, checksum, data = record
+        args = (
+            version.oid,
+            version.serial,
+            compression,
+            checksum,
+            data,
+            version.data_serial,
+            self._ttid or self.ttid,
         )
+        self._send(version, AskStoreObject, args, waiting=waiting)
 
     def check_current(self, oid: bytes, serial: bytes) -> None:
         """Lock an object that must still have this revision."""
@@ -282,47 +282,50 @@ class FirstPhase:
                 )
             return
         version = Version(oid, serial, None, 0, checked=True)
-        self._send(
-            version,
-            lambda conn: conn.ask(AskCheckCurrentSerial, self.ttid, oid, serial),
-        )
+        self._send(version, AskCheckCurrentSerial, (self.ttid, oid, serial))
 
     def _send(
         self,
         version: Version,
-        ask: Callable[[Connection], Any],
+        packet: Packet[...],
+        args: tuple[Any, ...],
         *,
         waiting: bool = True,
     ) -> None:
+        """Ask all cells of a partition. Called for each object that is stored."""
         assert not self.voting, "stored after the vote"
-        if len(self.oids) >= MAX_TRANSACTION_OIDS and version.oid not in self.oids:
+        oid, oids = version.oid, self.oids
+        is_new = oid not in oids
+        if is_new and len(oids) >= MAX_TRANSACTION_OIDS:
             raise NEOStorageError(
                 f"a transaction has at most {MAX_TRANSACTION_OIDS} objects"
             )
         self.check_session()
-        app = self.app
-        partition = app.pt.partition_of(version.oid)
-        cells = app.pt.cells[partition]
-        conns = self.conns
-        if not all(nid in conns or nid in self.failed for nid in cells):
-            self._connect(cells, waiting=waiting)
-            self.check_session()
-        oid = version.oid
-        previous = self.pending.get(oid)
-        if previous is not None:
-            self.pending_size -= previous.size
-        else:
+        pt = self.app.pt
+        partition = pt.partition_of(oid)
+        nids = pt.cells[partition]
+        conns, failed, pending = self.conns, self.failed, self.pending
+        for nid in nids:
+            if nid not in conns and nid not in failed:
+                self._connect(nids, waiting=waiting)
+                self.check_session()
+                break
+        if oid in pending:
+            self.pending_size -= pending[oid].size
+        elif not is_new:
             self._uncache(oid)
-        self.oids[oid] = version
-        self.pending[oid] = version
+        oids[oid] = pending[oid] = version
         self.pending_size += version.size
-        written = self.written.setdefault(partition, {})
-        nids = [nid for nid in cells if nid not in self.failed]
+        written = self.written.get(partition)
+        if written is None:
+            written = self.written[partition] = {}
+        if failed:
+            nids = tuple(nid for nid in nids if nid not in failed)
         # All are awaited before the first can answer (at once, if it is closed).
         version.awaiting = dict.fromkeys(nids)
         for nid in nids:
             written[nid] = None
-            ask(conns[nid]).then(
+            conns[nid].ask(packet, *args).then(
                 partial(self._answered, version, nid, partition),
                 partial(self._failed, version, nid),
             )

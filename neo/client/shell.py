@@ -190,11 +190,14 @@ class Gathering:
         self._runtime = runtime
 
     def __enter__(self) -> None:
-        self._runtime.acquire()
+        self._runtime.lock.acquire()
 
     def __exit__(self, *error: object) -> None:
-        dirty = self._runtime.dirty
-        self._runtime.release(any(t.conn.out_size > BATCH for t in dirty))
+        send = False
+        for transport in self._runtime.dirty:
+            if transport.conn.out_size > BATCH:
+                send = True
+        self._runtime.release(send)
 
 
 class ShellRuntime:

@@ -205,7 +205,8 @@ class Connection:
         if self.closed:
             request.over = True
             return request
-        request.msg_id = msg_id = self._new_id()
+        request.msg_id = msg_id = self._next_id
+        self._next_id = (msg_id + 1) & MAX_MESSAGE_ID
         self._pending[msg_id] = request
         self.send(packet, msg_id, args)
         return request
