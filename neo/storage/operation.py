@@ -273,6 +273,8 @@ class Operation:
                 gone.append(partition)
         self.refresh_access([partition for partition, _ in before])
         self.replication.add(added)
+        if is_updated:
+            self.replication.advance()  # a session may have ended with its cell
         self._drop(p for p in gone if self.node.own_state(p) is None)
         if is_updated:
             self.writer.barrier(self._notify_pack_completed)

@@ -208,6 +208,20 @@ def test_chunks_and_deletions() -> None:
     assert list(order.pack.oids or ()) == [A, B]
 
 
+def test_session_that_ends_with_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for its turn gets it."""
+    monkeypatch.setattr(replication, "SESSIONS_MAX", 1)
+    h = Harness()
+    m = h.operate((((1, OUT), (2, UP)), ((1, OUT), (2, UP))))
+    h.tell_nodes(OTHER)
+    _, msg_id, _ = m.expect(AskUnfinishedTransactions)
+    m.send(AnswerUnfinishedTransactions, T2, (), msg_id=msg_id)
+    peer = source(h)
+    assert peer.expect(AskFetchTransactions)[2][0] == 0
+    h.change_table(2, (0, 1, CellState.DISCARDED))
+    assert peer.expect(AskFetchTransactions)[2][0] == 1
+
+
 @pytest.mark.parametrize(
     "how",
     [
