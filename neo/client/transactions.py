@@ -48,18 +48,20 @@ class Transaction(FirstPhase):
         self._finishing: Finishing = Answer(), None, []
         self.voted = False
         self.tried_early_vote = False
+        self._early: Answer | None = None  # to a vote that was sent with the stores
         self.pack: Pack | None = None
 
     # --- vote -------------------------------------------------------------------------
 
-    def vote_early(self) -> bool:
-        """Vote without waiting for the stores' answers; false if it must be done later.
+    def ask_vote(self) -> bool:
+        """Send the vote behind the stores, whose answers nobody waited for.
 
         One round trip less, if all of the transaction is on one storage and that
         offers it (`FEATURE_EARLY_VOTE`): it refuses if a store waits or conflicts.
+        False: not here. Else `vote_early` must follow.
         """
-        if self.tried_early_vote or not self.pending:
-            return False
+        if self.tried_early_vote:
+            return self._early is not None
         self.tried_early_vote = True
         self.check_session()
         app = self.app
@@ -72,9 +74,35 @@ class Transaction(FirstPhase):
         if list(cells) != [nid] or not offers(conn, FEATURE_EARLY_VOTE):
             return False
         self.check_session()
-        answer = Answer()
+        self._early = answer = Answer()
         self._ask_store_transaction(conn).then(answer.set, answer.fail)
-        app.runtime.wait(lambda: answer.done, (conn,))
+        return True
+
+    @property
+    def is_vote_due(self) -> bool:
+        """Whether `ask_vote` can succeed, as all is stored."""
+        return not (self.tried_early_vote or self.pending or self._has_work())
+
+    @property
+    def is_voted_early(self) -> bool:
+        """Whether the answer to `ask_vote` is here."""
+        return self._early is not None and self._early.done
+
+    def vote_early(self) -> bool:
+        """Vote without waiting for the stores' answers; false if it must be done later.
+
+        See `ask_vote`, which may have been called before.
+        """
+        answer = self._early
+        if answer is None:
+            if not self.pending or not self.ask_vote():
+                return False
+            answer = self._early
+            assert answer is not None
+        self._early = None
+        ((nid, conn),) = self.conns.items()
+        runtime = self.app.runtime
+        runtime.wait(lambda: answer.done, (conn,))
         if answer.code is not None and answer.code != ErrorCode.INCOMPLETE_TRANSACTION:
             self._refused(nid, answer.code, answer.text)
         elif answer.lost:
@@ -84,7 +112,7 @@ class Transaction(FirstPhase):
             return False
         # It answers stores before the vote, and accepts it if all are granted. What is
         # left is an answer to NotifyDeadlock, which came too late to matter.
-        app.runtime.wait(lambda: not (self.pending or self.relocking), (conn,))
+        runtime.wait(lambda: not (self.pending or self.relocking), (conn,))
         self.check_session()
         self.voting = True
         if self.failed:

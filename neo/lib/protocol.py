@@ -980,8 +980,9 @@ FEATURE_LEASE = b"lease"
 # Replicas are compared, also the data, and damaged values repaired: between storages,
 # from a master to a storage, from a client to a storage.
 FEATURE_CHECK = b"check"
-# A client may begin to import a transaction while those it imported before are still
-# being finished: between a client and its master.
+# A client may begin to import a transaction while those it imported before are still in
+# progress; they are finished in the order of their tids: between a client and its
+# master.
 FEATURE_IMPORT = b"import"
 # What the primary waits for, as told to people: from an admin to a master.
 FEATURE_AWAITED = b"awaited"

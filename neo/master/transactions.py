@@ -162,7 +162,8 @@ class Transactions:
         self.stopping = False  # nothing begins any more
         # Dropped because others waited for them: their clients may not know it.
         self.expired: dict[bytes, Node | None] = {}
-        self._imposed: Transaction | None = None  # in its first phase
+        # Those of an import in their first phase, by ttid.
+        self._imposed: dict[bytes, Transaction] = {}
         self._begins: deque[tuple[Reply, bytes | None]] = deque()
         self._votes: list[tuple[Reply, Transaction, dict[int, None]]] = []
 
@@ -300,32 +301,31 @@ class Transactions:
 
     def _begin(self, client: Node, tid: bytes | None) -> bytes:
         if tid is None:
-            if self._imposed is not None:
-                raise ProtocolError(
-                    f"an import is in progress, with tid {self._imposed.ttid.hex()}"
-                )
+            if self._imposed:
+                first = next(iter(self._imposed))
+                raise ProtocolError(f"an import is in progress, with tid {first.hex()}")
             ttid = self._given = next_tid(self.clock(), self.greatest)
         else:
             self._check_imposed(client, tid)
             ttid = tid
         transaction = Transaction(ttid, client, self.rank, tid is not None)
         if tid is not None:
-            self._imposed = transaction
+            self._imposed[ttid] = transaction
         self.in_progress[ttid] = transaction
         self.by_client.setdefault(client, {})[ttid] = transaction
         return ttid
 
     def _check_imposed(self, client: Node, tid: bytes) -> None:
-        queue = self.queue
-        # What this client imported before may still be being finished.
-        if len(self.in_progress) > len(queue) or any(
-            not other.imposed or other.client is not client for other in queue
+        in_progress = self.in_progress
+        # What this client imported before may still be in progress.
+        if any(
+            not other.imposed or other.client is not client
+            for other in in_progress.values()
         ):
             raise ProtocolError(
                 "an imposed tid needs that no other transaction is in progress"
             )
-        last_tid = queue[-1].tid if queue else self.last_tid
-        assert last_tid is not None
+        last_tid = next(reversed(in_progress)) if in_progress else self.last_tid
         if tid <= last_tid:
             raise ProtocolError(
                 f"tid {tid.hex()} is not after the last one, {last_tid.hex()}"
@@ -509,8 +509,7 @@ class Transactions:
     def _forget(self, transaction: Transaction) -> None:
         ttid = transaction.ttid
         del self.in_progress[ttid]
-        if self._imposed is transaction:
-            self._imposed = None
+        self._imposed.pop(ttid, None)
         client = transaction.client
         if client is not None:
             mine = self.by_client.get(client)
@@ -537,6 +536,8 @@ class Transactions:
         """AskFinishTransaction."""
         master = self.master
         transaction = self._first_phase(conn, ttid)
+        if transaction.imposed and next(iter(self._imposed)) != ttid:
+            raise ProtocolError(f"{ttid.hex()} is finished before its predecessor")
         np = master.pt.np
         numbers = struct.unpack(f">{len(oids)}Q", b"".join(oids))
         greatest = max(numbers, default=0)
@@ -588,8 +589,8 @@ class Transactions:
         transaction.waiting = dict.fromkeys(involved)
         for storage in involved.values():
             storage.ask(AskLockInformation, ttid, tid, transaction.approved)
-        if self._imposed is transaction:
-            self._imposed = None
+        if transaction.imposed:
+            del self._imposed[ttid]
             self._retry_begins()
 
     def _incomplete(self, reply: Reply, transaction: Transaction) -> None:

@@ -341,6 +341,29 @@ def test_imports_follow_each_other() -> None:
     assert list(committed)[-3:] == tids
 
 
+def test_imports_are_finished_in_order() -> None:
+    """Several may be stored at once; who is aborted does not hold back the next."""
+    world = cluster(1, replicas=0)
+    client, other = world.client("C1"), world.client("C2")
+    first = add64(commit(world, client, 1), 1000)
+    tids = [add64(first, 10 * number) for number in range(4)]
+    for tid in tids:
+        assert begin(world, client, tid) == tid
+    world.ask(other, AskBeginTransaction, None)
+    world.until(lambda: other.conn is None)
+    world.tell(client, AbortTransaction, tids[0], [])
+    outcomes = [finish(world, client, tid, 1) for tid in tids[1:3]]
+    world.until(lambda: all(outcome.over for outcome in outcomes))
+    assert [outcome.answer for outcome in outcomes] == [(t, t) for t in tids[1:3]]
+    later = add64(first, 100)
+    begin(world, client, later)
+    world.ask(client, AskFinishTransaction, later, [p64(1)], [], [], None)
+    world.until(lambda: client.conn is None)
+    committed = world.storage("S1").disk.committed
+    world.until(lambda: tids[2] in committed)
+    assert list(committed)[-2:] == tids[1:3]
+
+
 def test_clock_set_back() -> None:
     """Scenario 72: the master survives, tids go on increasing."""
     world = cluster(1, replicas=0)
