@@ -131,6 +131,9 @@ class Master:
         self.startup_forced = False
         self.followers: dict[Node, Connection] = {}
         self.committed_ptid = 0
+        # And one of each of these groups, who were readable in the last table that
+        # settled: others may be so in one that these have not seen. See settling.py.
+        self.carriers: Sequence[Sequence[int]] = ()
         # Did the cluster run just before, under us or the primary that we followed?
         self.was_running = False
         self.known_ptid = 0  # the greatest of all: if there is one, a database exists
@@ -179,6 +182,7 @@ class Master:
         self.startup_allowed = self.startup_forced = False
         self.followers = {}
         self.committed_ptid = self.known_ptid = 0
+        self.carriers = ()
         self.truncate_tid = None
         self._enter(Recovering(self))
 
@@ -448,7 +452,10 @@ class Master:
             for cell in [cell for cell in cells if cell[1] not in running]:
                 del cells[cell]
         self.tell_replicated()
-        self.change_table(policy.outdate(self.pt.rows, running, lost))
+        if self.operational() or not self.pt.operational(running):
+            self.change_table(policy.outdate(self.pt.rows, running, lost))
+        # Else those who could go on have a table that the lost ones may not know. None
+        # must get another one by which the lost ones are not needed.
 
     def replicated(self, partition: int, nid: int) -> None:
         """A cell says that it is complete; many do so at the same time."""
@@ -520,6 +527,7 @@ class Master:
         self.followers = {
             node: node.connection for node in self.nodes.identified(NodeType.MASTER)
         }
+        self.carriers = self.transactions.settling.readable or self.carriers
         self.was_running = self.was_running or self.primary.operational
         changed = []
         for node in self.nodes.identified(NodeType.STORAGE):

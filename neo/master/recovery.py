@@ -319,16 +319,29 @@ class Recovering(PrimaryPhase):
         readable = pt.readable_nids()
         wanted = pt.nids() if master.truncate_tid is not None else readable
         missing = [nid for nid in wanted if nid not in pending]
-        if not missing:
+        newer = [
+            nid
+            for nids in master.carriers
+            if not any(nid in pending for nid in nids)
+            for nid in nids
+        ]
+        is_older = (pt.ptid or 0) < master.committed_ptid
+        if not missing and (master.startup_forced or not (newer or is_older)):
             return [pending[nid] for nid in wanted]
         present = [pending[nid] for nid in readable if nid in pending]
         if master.startup_forced:
             return present
-        if (pt.ptid or 0) >= master.committed_ptid and (
+        if not (newer or is_older) and (
             (master.startup_allowed and self._ran_alone())
             or (master.truncate_tid is None and self._waited_enough(pending))
         ):
             return present
+        missing = missing or list(dict.fromkeys(newer))
+        if not missing:
+            return (
+                f"a storage with partition table {master.committed_ptid} or later"
+                " (or for an administrator to start the cluster without)"
+            )
         return (
             f"{', '.join(map(self._describe, missing))}, which may have newer data"
             " (or for an administrator to start the cluster without)"
@@ -429,7 +442,9 @@ class Recovering(PrimaryPhase):
             # What was acknowledged so far is in what this table calls readable, unless
             # an administrator gives it up.
             ptid = master.pt.ptid or 0
-            if not master.startup_forced:
+            if master.startup_forced:
+                master.carriers = ()
+            else:
                 ptid = max(ptid, master.committed_ptid)
             master.committed_ptid = ptid
             joining = [

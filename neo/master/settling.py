@@ -3,7 +3,7 @@
 A cell that becomes readable may replace the others of its partition only once they know
 it, else one of them, back alone, would find nobody missing. So the operation goes on
 after a loss only if each partition has a storage that was readable in the last settled
-table (`carried`).
+table (`carried`), and is resumed only with such ones (`Master.carriers`).
 
 When a storage is lost, its cells get out of date and commits go on without it. Whoever
 starts the cluster later must not take its data for complete. A new primary waits for

@@ -340,7 +340,7 @@ class Cluster:
 
     @property
     def healthy(self) -> bool:
-        """Whether all storages that have cells serve all of them.
+        """Whether all storages that have cells serve all of them, and know it.
 
         Those that have none are pending after a restart of the cluster; one that got
         the nid of an absent storage may be refused, until its database is erased.
@@ -358,6 +358,7 @@ class Cluster:
             all(state in READABLE for _, _, state in pt)
             and primary.nodes.running().keys() >= set(pt.nids())
             and serving.issuperset(pt.nids())
+            and not primary.transactions.settling.owing
         )
 
     def storage(self, name: str = "c0") -> TokenStorage:

@@ -746,3 +746,30 @@ def test_cells_assigned_since_the_begin() -> None:
     assert [args[0] for args in storage.of("AskLockInformation")] == [new]
     assert [args[0] for args in storage.of("NotifyTransactionFinished")] == [old, new]
     assert storage.lost == 0
+
+
+def test_a_replica_that_returns_and_who_does_not_know() -> None:
+    """The one that carried the operation is lost before it learns of the other."""
+    world = cluster(partitions=1)
+    client = world.client("C1")
+    world.sim.crash("S2")
+    world.until(lambda: world.table == "UO")
+    tid = commit(world, client, 1)
+    world.start_storage("S2")
+    storage = world.storage("S2")
+    world.running()
+    world.settle()
+    world.call(storage, AskUnfinishedTransactions, [0])
+    world.sim.clog("M0", "S1")
+    world.tell(storage, NotifyReplicationDone, 0, tid)
+    assert world.table == "UU"
+    world.sim.crash("S1")
+    world.settle(3)
+    assert world.state is ClusterState.RECOVERING
+    (line,) = world.master.phase.describe()
+    assert "recovery waits for S1 " in line
+    assert world.disks["S2"].rows == [{1: U, 2: U}]
+    world.sim.heal()
+    world.start_storage("S1")
+    world.running()
+    assert world.master.transactions.last_tid == tid
