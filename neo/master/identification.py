@@ -227,14 +227,17 @@ class Identification(Handler):
         raise ProtocolError(f"duplicated node id: {nid_str(node.nid)} is connected")
 
     def turn_spares_away(self) -> None:
-        """A table is known, by which storages with the nids of some have data.
+        """A table is known, by which storages with the nids of some have data, or with
+        those that were given to empty ones have cells.
 
         They come again, and get other nids.
         """
         master = self.master
-        readable = master.pt.readable_nids()
+        members, readable = master.pt.nids(), master.pt.readable_nids()
         for node in master.nodes.identified(NodeType.STORAGE):
-            if node.extra.get("spare") and node.nid in readable:
+            if (node.extra.get("spare") and node.nid in readable) or (
+                node.extra.get("new") and node.nid in members
+            ):
                 node.connection.close("its nid belongs to another storage")
                 if node in master.nodes:
                     master.nodes.set_address(node, None)
@@ -300,6 +303,8 @@ class Identification(Handler):
             if node.nid is None or wanted not in (None, node.nid):
                 nodes.set_nid(node, nodes.free_nid(kind, node.address, wanted))
         node.extra = _extra(kind, extra)
+        if kind is NodeType.STORAGE and wanted is None and self.master.pt.ptid is None:
+            node.extra["new"] = True  # until it gets a table
         node.state = state
         node.id_timestamp = self.master.timestamp()
         self.master.tell_nodes([node], but=node)

@@ -76,6 +76,7 @@ class Recovering(PrimaryPhase):
         self._unsure: dict[Connection, None] | None = None
         self._enough_since: float | None = None  # storages to go on without the others
         self._will_look = False
+        self._loading = False
 
     def enter(self) -> None:
         master = self.master
@@ -211,7 +212,10 @@ class Recovering(PrimaryPhase):
             len(rows),
             replicas,
         )
+        # All of them, before anything goes on.
+        self._loading = True
         master.identification.turn_spares_away()
+        self._loading = False
 
     def _note_truncation(self, answer: Answer) -> None:
         """A truncation is pending as long as one up-to-date node has to do it."""
@@ -249,6 +253,8 @@ class Recovering(PrimaryPhase):
 
     def advance(self) -> None:
         """Leave if nothing is awaited any more."""
+        if self._loading:
+            return
         needed = self._needed()
         if isinstance(needed, str):
             awaited = needed

@@ -73,6 +73,8 @@ class Verifying(PrimaryPhase):
         self.take_storages()
         master.tell_state()
         master.send_table(NodeType.STORAGE)
+        for node in master.nodes.identified(NodeType.STORAGE):
+            node.extra.pop("new", None)
         self._ask_all(self._readable(), self._find_final_tids, AskLockedTransactions)
 
     def _readable(self) -> list[Node]:

@@ -204,12 +204,16 @@ class StorageNode:
         is_clone = self.options.new_nid
         return (
             NodeType.STORAGE,
-            None if is_clone or self._gives_up_nid else self.nid,
+            None if is_clone or self._gives_up_nid else self._noted_nid(),
             None if is_clone else wire_address(self.address),
             self.options.cluster.encode(),
             None,
             extra,
         )
+
+    def _noted_nid(self) -> int | None:
+        """The nid that it has for good."""
+        return self.options.nid or self.backend.settings().nid
 
     def _is_spare(self) -> bool:
         """Has it nothing, as far as it knows? Then its nid is only a wish.
@@ -252,7 +256,10 @@ class StorageNode:
         # Only now, for the name may be a typing error (operations W6).
         if settings.name is None:
             self.writer.submit(lambda: backend.set_name(name))
-        if settings.nid != nid:
+        # Who has no cells notes its nid along with the next table: in the present one,
+        # which the master may need as it is, it may be that of another storage, which
+        # the master does not know yet.
+        if settings.nid != nid and not self._is_spare():
             self.writer.submit(lambda: backend.set_nid(nid))
         self.nid = nid
         self.log.set_node(name, nid)

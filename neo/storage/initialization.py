@@ -152,12 +152,16 @@ class Initialization(MasterHandler):
         pt, backend = self.node.pt, self.backend
         pt.load(ptid, replicas, rows)
         cells = list(pt)
-        last_pack = self.node.last_pack
-        self.writer.submit(
-            lambda: backend.change_partition_table(
+        last_pack, nid = self.node.last_pack, self.node.nid
+        assert nid is not None
+
+        def write() -> None:
+            backend.set_nid(nid)
+            backend.change_partition_table(
                 ptid, replicas, cells, reset=True, last_pack=last_pack
             )
-        )
+
+        self.writer.submit(write)
         self.hold(conn, lambda: None)
 
     def ask_recovery(self, conn: Connection) -> None:

@@ -85,10 +85,13 @@ def test_creation() -> None:
     peer.send(AcceptIdentification, NodeType.MASTER, M1, 1, msg_id=msg_id)
     h.m = peer
     recovery = peer.send(AskRecovery)
-    assert not peer.packets()  # nothing is answered before the nid is on disk
+    assert not peer.packets()  # nothing is answered before the name is on disk
     h.hold_jobs = False
     h.turn()
     assert peer.packets() == [(AnswerRecovery, recovery, (None, None, None))]
+    assert h.backend.settings()[:2] == (NAME, None)  # the nid may be another one's
+    peer.send(SendPartitionTable, 1, 0, (((1, UP),),))
+    h.turn()
     assert h.backend.settings()[:2] == (NAME, 1)
     h.tell_nodes((NodeType.STORAGE, (b"127.0.0.1", 12345), 1, NodeState.PENDING, 1.5))
     rows = (((1, UP),), ((1, UP),))
@@ -182,11 +185,12 @@ def test_nid_that_is_refused(case: str) -> None:
         _, msg_id, args = peer.expect(RequestIdentification)
         nids.append(args[1])
         peer.send(Error, ErrorCode.PROTOCOL_ERROR, b"duplicated", msg_id=msg_id)
-    assert nids == ([1, None, 1] if case == "empty" else [1, 1, 1])
+    assert nids == [None if case == "empty" else 1] * 3
     peer = h.answer_call()
     _, msg_id, _ = peer.expect(RequestIdentification)
     peer.send(AcceptIdentification, NodeType.MASTER, M1, 7, msg_id=msg_id)
-    assert h.node.nid == h.backend.settings().nid == 7
+    assert h.node.nid == 7
+    assert h.backend.settings().nid == (None if case == "empty" else 7)
 
 
 def test_spare_that_got_the_nid_of_a_storage_with_data() -> None:
@@ -201,6 +205,11 @@ def test_spare_that_got_the_nid_of_a_storage_with_data() -> None:
         peer.send(AcceptIdentification, NodeType.MASTER, M1, nid, msg_id=msg_id)
         h.turn()
         assert h.node.nid == nid
+        # The table is what it was: who has the data is still in it.
+        assert list(h.backend.own_cells()) == []
+        h.m = peer
+        peer.send(AskPartitionTable)
+        assert peer.receive(AnswerPartitionTable) == (1, 0, (((2, UP),),))
         h = restart(h)
 
 
