@@ -219,9 +219,10 @@ def test_what_the_operator_can_correct(databases: Databases) -> None:
             assert "wrong" not in str(e.value)
     with pytest.raises(ConfigurationError, match="unsupported engine 'MyISAM'"):
         databases.open(engine="MyISAM")
-    databases.execute(name := databases.new(), "CREATE TABLE data (x INT)")
-    with pytest.raises(ConfigurationError, match="not a database of NEO"):
-        databases.open(name)
+    for table in "data", "log":
+        databases.execute(name := databases.new(), f"CREATE TABLE {table} (x INT)")
+        with pytest.raises(ConfigurationError, match="not a database of NEO"):
+            databases.open(name)
 
 
 def test_small_packets_are_refused(databases: Databases) -> None:

@@ -595,6 +595,14 @@ class MySQLBackend(SQLBackend, MySQLReader):
 
     # --- schema -----------------------------------------------------------------
 
+    TABLE_NAMES = (
+        "SELECT table_name FROM information_schema.tables"
+        " WHERE table_schema = DATABASE() ORDER BY table_name"
+    )
+
+    def table_names(self) -> list[str]:
+        return [name.decode() for (name,) in self.fetch(self.TABLE_NAMES)]
+
     COLUMNS = (
         "SELECT column_name FROM information_schema.columns"
         " WHERE table_schema = DATABASE() AND table_name = ? ORDER BY ordinal_position"

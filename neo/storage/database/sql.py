@@ -69,8 +69,19 @@ class SQLBackend(SQLMaintenance):
         if self.columns("config"):
             config = self._config()
             new = new and not config
-        elif not new:
-            raise ConfigurationError("this is not a database of NEO: no table 'config'")
+        else:
+            # Log files are databases, too, as are those of other applications: a wrong
+            # path or name must not make one this node's.
+            ours = {table.name for table in self.TABLES}
+            for name in self.table_names():
+                if name not in ours:
+                    raise ConfigurationError(
+                        f"this is not a database of NEO: it has a table {name!r}"
+                    )
+            if not new:
+                raise ConfigurationError(
+                    "this is not a database of NEO: no table 'config'"
+                )
         version = int(config.get("version") or 0)
         if version > schema.VERSION:
             raise ConfigurationError(

@@ -244,17 +244,12 @@ class SQLiteBase(SQLBackend, SQLiteReader):
 
     # --- schema -----------------------------------------------------------------
 
-    def _open_tables(self) -> None:
-        # Log files are databases, too: a wrong path must not make one this node's.
-        if not self.columns("config"):
-            ours = {table.name for table in self.TABLES}
-            query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-            for (name,) in self.fetch(query):
-                if name not in ours and not name.startswith("sqlite_"):
-                    raise ConfigurationError(
-                        f"this is not a database of NEO: it has a table {name!r}"
-                    )
-        super()._open_tables()
+    def table_names(self) -> list[str]:
+        query = (
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+            " AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY name"
+        )
+        return [name for (name,) in self.fetch(query)]
 
     def columns(self, table: str) -> list[str]:
         return [row[1] for row in self.fetch(f"PRAGMA table_info({table})")]

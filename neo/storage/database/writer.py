@@ -74,6 +74,10 @@ class SQLWriter(SQLReader):
         """All rows, as the transaction of the writer sees them."""
 
     @abstractmethod
+    def table_names(self) -> list[str]:
+        """Names of all tables but the database's own."""
+
+    @abstractmethod
     def columns(self, table: str) -> list[str]:
         """Names of the columns of a table, empty if it doesn't exist."""
 
