@@ -126,14 +126,18 @@ class Verifying(PrimaryPhase):
             self.tids[ttid] = known or tid
 
     def _find_final_tids(self) -> None:
-        """Those that nobody has locked may be committed already where it is gone."""
+        """Those that nobody has locked may be committed already where it is gone.
+
+        Also on a cell that is late: it may have had the lock, and then a verification
+        like this one that was interrupted.
+        """
         self.asking = AskFinalTID.name
         self._next = self._validate
-        pt = self.master.pt
-        readable = {node.nid: node for node in self._readable()}
+        pt, running = self.master.pt, self.master.nodes.running()
         for ttid in sorted(ttid for ttid, tid in self.tids.items() if tid is None):
-            nids = pt.readable[pt.partition_of(ttid)]
-            nodes = [readable[nid] for nid in nids if nid in readable]
+            partition = pt.partition_of(ttid)
+            nids = dict.fromkeys([*pt.readable[partition], *pt.rows[partition]])
+            nodes = [running[nid] for nid in nids if nid in running]
             self._find_final_tid(
                 ttid, [n for n in nodes if n not in self.reported[ttid]]
             )
