@@ -218,12 +218,6 @@ BUGS = (
         "list(self._voted)",
         "()",
     ),
-    Bug(
-        "an empty storage with another's nid is believed to have its data",
-        "neo.storage.app:StorageNode._identity",
-        "self.backend.settings().ptid is not None",
-        "self.pt.ptid is not None",
-    ),
     # --- replication ---
     Bug(
         "replication waits for no open transaction",
@@ -235,18 +229,6 @@ BUGS = (
         "replication stops one chunk early",
         "neo.storage.replication:Session._chunk_done",
         "if position is None:",
-        "if True:",
-    ),
-    Bug(
-        "replication deletes nothing",
-        "neo.storage.replication:Session._objects",
-        "if unknown:",
-        "if False:",
-    ),
-    Bug(
-        "blind writes are not checked in the end",
-        "neo.storage.transactions:Transactions.settle_blind_writes",
-        "if current is None or serial is None or current <= serial:",
         "if True:",
     ),
     # --- clients ---
