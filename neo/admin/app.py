@@ -195,7 +195,9 @@ class Admin:
     ) -> tuple[bool, bool, str]:
         """(warning, problem, text) on the health of the cluster.
 
-        One line more than neoppod's for each thing that the primary waits for.
+        One line more than neoppod's for each thing that the primary waits for. This is
+        a warning as well: in particular, no storage must be stopped as long as others
+        have not written that its replicas are up to date.
 
         Source: behaviour.md 10.2, operations.md 4.6.
         """
@@ -214,8 +216,8 @@ class Admin:
             date = datetime_from_tid(last_tid).replace(tzinfo=None)
             text.append(f"ltid={last_tid.hex()} ({date})")
         problem = bool(down) or self.state not in OPERATIONAL
-        warning = not problem and any(
-            name != CellState.UP_TO_DATE.name for name in cells
+        warning = not problem and (
+            bool(awaited) or any(name != CellState.UP_TO_DATE.name for name in cells)
         )
         lines = ["; ".join(text)]
         lines += [f"    {line.decode(errors='replace')}" for line in awaited]

@@ -990,6 +990,9 @@ FEATURE_AWAITED = b"awaited"
 # Key in the `extra` of a storage: as far as it knows, it has no cell. The nid that it
 # wants is no proof of who it is: another storage may have got it.
 SPARE = b"spare"
+# Key in the `extra` of a storage: since how many seconds its process runs. The master
+# that the former process followed may not have noticed that it ended.
+AGE = b"age"
 
 
 @packet(0x7000, "S -> C, M -> S, M -> A")

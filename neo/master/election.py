@@ -8,7 +8,7 @@ has lost and becomes its secondary. A primary that has left RECOVERING accepts a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from neo.lib.connection import Connection
@@ -147,8 +147,9 @@ def _learn(
 class Election:
     """The search of other masters, by a primary in RECOVERING."""
 
-    def __init__(self, master: Master) -> None:
+    def __init__(self, master: Master, found_dead: Callable[[], object]) -> None:
         self.master = master
+        self._found_dead = found_dead
         self.links: dict[Node, Connection] = {}
         # Masters at whose address nobody listens: they don't run.
         self.dead: dict[Node, None] = {}
@@ -190,8 +191,9 @@ class Election:
                 del self.links[node]
                 if conn.is_established or "refused" not in conn.reason:
                     self.dead.pop(node, None)
-                else:
+                elif node not in self.dead:
                     self.dead[node] = None
+                    self._found_dead()
                 if self.active:
                     self._try(node)
 

@@ -10,6 +10,7 @@ from neo.lib.exception import ProtocolError
 from neo.lib.handler import Handler, Refused, not_ready, refuse
 from neo.lib.node import Node, address_from_wire, as_row, nid_str, nid_type
 from neo.lib.protocol import (
+    AGE,
     FEATURE_AWAITED,
     FEATURE_IMPORT,
     FEATURE_LEASE,
@@ -303,6 +304,9 @@ class Identification(Handler):
             if node.nid is None or wanted not in (None, node.nid):
                 nodes.set_nid(node, nodes.free_nid(kind, node.address, wanted))
         node.extra = _extra(kind, extra)
+        age = extra.get(AGE)
+        if kind is NodeType.STORAGE and type(age) is float and age >= 0:
+            node.extra["began"] = self.master.runtime.monotonic() - age
         if kind is NodeType.STORAGE and wanted is None and self.master.pt.ptid is None:
             node.extra["new"] = True  # until it gets a table
         node.state = state

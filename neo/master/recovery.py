@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from neo.lib.connection import Connection
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from .app import Master
 
 
+# Tables that storages which are absent may have got after the newest one found. (Those
+# that they got while commits waited for others to write them are not known here.)
+UNKNOWN_TABLES = 1000
 # By how much a master that may live makes the wait for storages longer.
 SILENT_MASTER = 12.0
 LOOK_AGAIN = 0.5  # seconds
@@ -62,7 +66,7 @@ class Recovering(PrimaryPhase):
     def __init__(self, master: Master) -> None:
         super().__init__(master)
         self.storage = RecoveringStorage(self)
-        self.election = Election(master)
+        self.election = Election(master, self._master_found_dead)
         self.answers: dict[Node, Answer] = {}
         self.asked: dict[Node, None] = {}  # they owe us an answer
         self.best: int | None = None  # greatest ptid seen
@@ -120,6 +124,10 @@ class Recovering(PrimaryPhase):
         if self.election.active:
             self.election.learnt()
 
+    def _master_found_dead(self) -> None:
+        if self.election.active:
+            self.advance()
+
     # --- storages ---------------------------------------------------------------------
 
     def soon_better(self, claim: Claim) -> bool:
@@ -132,6 +140,8 @@ class Recovering(PrimaryPhase):
         master = self.master
         if node.type is NodeType.MASTER:
             self.election.joined(node)
+            if master.phase is self:
+                self.advance()
         elif node.type is NodeType.ADMIN:
             pt = master.pt
             conn.notify(SendPartitionTable, pt.ptid, pt.replicas, pt.as_rows())
@@ -332,16 +342,24 @@ class Recovering(PrimaryPhase):
             for nid in nids
         ]
         is_older = (pt.ptid or 0) < master.committed_ptid
-        if not missing and (master.startup_forced or not (newer or is_older)):
-            return [pending[nid] for nid in wanted]
-        present = [pending[nid] for nid in readable if nid in pending]
+        # Without who is missing, those that must truncate are not waited for either.
+        asked = readable if missing else wanted
+        those = [pending[nid] for nid in asked if nid in pending]
         if master.startup_forced:
-            return present
+            return those
         if not (newer or is_older) and (
-            (master.startup_allowed and self._ran_alone())
+            not missing
+            or (master.startup_allowed and self._ran_alone())
             or (master.truncate_tid is None and self._waited_enough(pending))
         ):
-            return present
+            claimed = self._claimed(pending)
+            if claimed:
+                names = ", ".join(map(self._describe, claimed))
+                return (
+                    f"masters that are silent: they may still count on {names}, just"
+                    " started"
+                )
+            return those
         missing = missing or list(dict.fromkeys(newer))
         if not missing:
             return (
@@ -399,19 +417,44 @@ class Recovering(PrimaryPhase):
             self._enough_since = None
             return False
         limit = master.limits.absence_limit
-        if any(
-            node.connection is None and node not in self.election.dead
-            for node in self._others()
-        ):
+        if self._others_are_silent():
             limit *= SILENT_MASTER
         if self._enough_since is None:
             self._enough_since = now
         if now - self._enough_since >= limit:
             return True
+        self._look_later()
+        return False
+
+    def _claimed(self, pending: Mapping[int | None, Node]) -> list[int]:
+        """Storages of which another master may think that they still follow it.
+
+        They promised it before their process was restarted, for the time that it takes
+        them to take a silent master for dead. See authority.py.
+        """
+        master = self.master
+        if not self._others_are_silent():
+            return []
+        now = master.runtime.monotonic()
+        promised = now - master.limits.silence_limit
+        for nids in master.pt.readable:
+            here = [nid for nid in nids if nid in pending]
+            if all(pending[nid].extra.get("began", -inf) > promised for nid in here):
+                self._look_later()
+                return here
+        return []
+
+    def _others_are_silent(self) -> bool:
+        """Is there a master that neither follows us nor is known not to run?"""
+        return any(
+            node.connection is None and node not in self.election.dead
+            for node in self._others()
+        )
+
+    def _look_later(self) -> None:
         if not self._will_look:
             self._will_look = True
-            master.runtime.call_later(LOOK_AGAIN, self._look_again)
-        return False
+            self.master.runtime.call_later(LOOK_AGAIN, self._look_again)
 
     def _look_again(self) -> None:
         self._will_look = False
@@ -488,6 +531,14 @@ class Recovering(PrimaryPhase):
         master, pt = self.master, self.master.pt
         here = master.nodes.running()
         absent = [nid for nid in pt.nids() if nid not in here]
+        assert pt.ptid is not None
+        ptid = max(pt.ptid, master.known_ptid)
+        if any(nid not in running for nid in pt.readable_nids()):
+            ptid += UNKNOWN_TABLES
+        if ptid != pt.ptid:
+            # Never two tables with the same number.
+            pt.load(ptid, pt.replicas, pt.as_rows())
+            master.send_table(NodeType.ADMIN)
         cells = policy.outdate(pt.rows, running, None)
         if absent and master.truncate_tid is not None:
             # An administrator starts without them. Nothing will tell them later what to

@@ -30,6 +30,7 @@ from neo.lib.node import (
     wire_address,
 )
 from neo.lib.protocol import (
+    AGE,
     FEATURE_CHECK,
     FEATURE_LEASE,
     FEATURES,
@@ -91,6 +92,7 @@ class StorageNode:
         self, runtime: Runtime, backend: Backend, options: StorageOptions
     ) -> None:
         self.runtime = runtime
+        self._began = runtime.monotonic()
         self.log = runtime.log
         self.backend = backend
         self.options = options
@@ -197,6 +199,7 @@ class StorageNode:
             b"devpath": (self.options.host.encode(), b"%d" % self.backend.device),
             b"new_nid": new_nid,
             FEATURES: [FEATURE_LEASE, FEATURE_CHECK],
+            AGE: self.runtime.monotonic() - self._began,
         }
         # (What it knew of the table may have gone with a nid that was somebody else's.)
         if self.backend.settings().ptid is not None and self._is_spare():

@@ -443,6 +443,27 @@ def test_summary_says_who_is_awaited() -> None:
     world.audit()
 
 
+def test_summary_warns_until_all_know_the_partition_table() -> None:
+    """Before, the loss of a storage would stop the cluster: nobody must stop one."""
+    world = world_of()
+    assert command(world, AskMonitorInformation)[:2] == ((), ())
+    primary = world.cluster.primary
+    assert primary is not None
+    world.sim.clog("s1", primary_of(world))
+    primary.change_table([], 1)
+    world.sim.run(1)
+    warning, problem, text = command(world, AskMonitorInformation)
+    assert (warning, problem) == ((None,), ())
+    lines = text.decode().splitlines()
+    assert lines[0].startswith("RUNNING; UP_TO_DATE=24; ltid=")
+    nid = world.sim.app("s1").nid
+    assert lines[1] == f"    commits wait for S{nid} to write the partition table"
+    world.sim.heal()
+    world.sim.run(5)
+    assert command(world, AskMonitorInformation)[:2] == ((), ())
+    world.audit()
+
+
 # --- truncation -----------------------------------------------------------------------
 
 

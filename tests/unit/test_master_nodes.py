@@ -8,6 +8,7 @@ import pytest
 
 from neo.lib.connection import Connection
 from neo.lib.protocol import (
+    AGE,
     AddPendingNodes,
     AskBeginTransaction,
     AskClusterState,
@@ -36,6 +37,7 @@ from tests.unit.master_peers import (
     FakeClient,
     FakeStorage,
     Peer,
+    U,
     World,
 )
 from tests.unit.test_master_transactions import begin, cluster, commit
@@ -521,6 +523,35 @@ def test_takeover_while_running() -> None:
     other = world.sim.app("M1")
     world.until(lambda: other.phase.state is ClusterState.RUNNING)
     assert other.transactions.last_tid == tid
+
+
+@pytest.mark.parametrize("age", [0.5, 60.0])
+def test_a_storage_that_another_master_counts_on(age: float) -> None:
+    """Its former process may have promised to follow a master that is out of sight."""
+    world = World(masters=2)
+    rows = [{1: U}, {1: U}]
+    world.sim.clog("M0", "M1")
+    world.sim.clog("M1", "M0")
+    start = world.sim.time
+    world.start_storage("S1", Disk(1, 3, 0, rows), extra={AGE: age})
+    if age < 10:
+        world.settle(3)
+        assert world.master.phase.describe() == [
+            "recovery waits for masters that are silent: they may still count on"
+            " S1 (127.0.0.1:20001), just started"
+        ]
+    world.running()
+    assert (8 < world.sim.time - start < 11) == (age < 10)
+
+
+def test_a_dead_master_counts_on_nobody() -> None:
+    """Its machine says that nobody listens there."""
+    world = World(masters=2)
+    world.sim.crash("M1")
+    start = world.sim.time
+    world.start_storage("S1", Disk(1, 3, 0, [{1: U}, {1: U}]), extra={AGE: 0.1})
+    world.running()
+    assert world.sim.time - start < 0.5
 
 
 def test_nothing_is_created_twice() -> None:

@@ -78,8 +78,10 @@ def test_creation() -> None:
             b"devpath": (b"host", b"0"),
             b"new_nid": (),
             b"features": (b"lease", b"check"),
+            b"age": args[5][b"age"],
         },
     )
+    assert 0 <= args[5][b"age"] < 60
     assert h.backend.settings().name is None
     h.hold_jobs = True
     peer.send(AcceptIdentification, NodeType.MASTER, M1, 1, msg_id=msg_id)
