@@ -29,7 +29,6 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
-from unittest import mock
 
 from neo.lib.config import Limits
 from neo.lib.connection import Connection
@@ -37,9 +36,8 @@ from neo.lib.protocol import READABLE, AskFinishTransaction
 from neo.lib.util import format_address
 from neo.storage.database.sqlite import SQLiteBackend
 from tests.history import FAIL, OK, UNKNOWN, Attempt, longest_gap, summary
-from tests.simulation import workload
 from tests.simulation.cluster import read_cell, transactions_of
-from tests.simulation.workload import RESOLVABLE, Tokens, TokenStorage
+from tests.simulation.workload import ALL, RESOLVABLE, Tokens, TokenStorage
 
 from .harness import PATIENCE, Cluster, context, disturb, free_port, until
 from .proxy import Network
@@ -182,10 +180,9 @@ def run_client(options: dict[str, Any]) -> None:
 
 
 def _work(options: dict[str, Any], journal: Journal, stopping: list[int]) -> None:
-    workload.ALL = options["oids"]
     storage = JournalStorage(options["masters"], options["cluster"])
     object.__setattr__(storage._options, "limits", Limits(**options["limits"]))
-    tokens = Tokens(Clock())  # type: ignore[arg-type]
+    tokens = Tokens(Clock(), oids=options["oids"])  # type: ignore[arg-type]
     tokens.rng = Random(options["name"])
     storage.journal, storage.tokens = journal, tokens
     storage.stop = options["stop"]
@@ -226,7 +223,7 @@ class World(Cluster):
         network: bool = False,
         limits: dict[str, float] | None = None,
         think: float = THINK,
-        oids: list[bytes] = workload.ALL,
+        oids: list[bytes] = ALL,
     ) -> None:
         super().__init__(
             directory,
@@ -441,16 +438,11 @@ class World(Cluster):
 
     def create(self) -> None:
         """Make the objects."""
-        tokens = Tokens(Clock())  # type: ignore[arg-type]
-        with self.client(kind=TokenStorage) as storage, self._workload():
+        tokens = Tokens(Clock(), oids=self.oids)  # type: ignore[arg-type]
+        with self.client(kind=TokenStorage) as storage:
             tokens.create(storage)
         (attempt,) = tokens.attempts
         self.history[attempt.token] = attempt
-
-    @contextlib.contextmanager
-    def _workload(self) -> Iterator[None]:
-        with mock.patch.object(workload, "ALL", self.oids):
-            yield
 
     def read(self) -> int:
         """Read what clients wrote down; how many commits there are."""
@@ -555,9 +547,9 @@ class World(Cluster):
             assert "Traceback" not in self.said(name), self.said(name)
         # What clients read after a restart is what is on disk.
         self.restart()
-        tokens = Tokens(Clock())  # type: ignore[arg-type]
+        tokens = Tokens(Clock(), oids=self.oids)  # type: ignore[arg-type]
         tokens.attempts = list(self.history.values())
-        with self.client(kind=TokenStorage) as storage, self._workload():
+        with self.client(kind=TokenStorage) as storage:
             tokens.check(storage, replicas, transactions_of(replicas))
         return summary(self.history.values())
 

@@ -32,7 +32,7 @@ from .workload import Tokens
 KINDS = (
     "crash", "power", "crash-all", "client", "pause", "stop",
     "reset", "clog", "silence", "isolate", "partition", "swizzle", "refuse", "damage",
-    "slow-disk", "disk-full", "disk-error", "lost-disk",
+    "slow-disk", "disk-full", "disk-error", "lost-disk", "old-disk",
     "clock", "drift",
     "tweak", "kill", "drop", "grow", "replicas", "check", "restart-cluster", "truncate",
 )  # fmt: skip
@@ -72,6 +72,8 @@ class Faults:
         self.stopped = False
         self.count = 0
         self.done: list[int] = []  # numbers of those that happened
+        # Older contents of disks, by storage: of which nid.
+        self._copies: dict[str, tuple[int | None, bytes | None]] = {}
         self._undo: dict[object, Callable[[], object]] = {}
         self._plan()
 
@@ -249,30 +251,75 @@ class Faults:
         when another one fails at that very moment, two are lost.
         """
         cluster = self.cluster
+        names = self._dispensable()
+        if not names:
+            return
+        name = self.rng.choice(names)
+        self._note(f"disk of {name} is going to be lost")
+
+        def lose() -> None:
+            self.sim.note("FAULT", f"disk of {name} is lost")
+            self.sim.sometimes("a disk lost")
+            cluster.lose(name)
+
+        self._replace(name, lose)
+
+    def _old_disk(self) -> None:
+        """What a replica has on disk is replaced by what it had once."""
+        cluster = self.cluster
+        if self.tokens is not None and self.tokens.truncations:
+            return  # what was truncated would come back
+        names = self._dispensable()
+        if not self._copies:
+            for name in names:
+                disk = cluster.disks[name]
+                # A copy that could start alone is as good as the only one there is.
+                if all(
+                    {nid for p, nid in disk.readable() if p == partition} - {disk.nid}
+                    for partition, nid in disk.readable()
+                    if nid == disk.nid
+                ):
+                    self._copies[name] = disk.nid, disk.durable
+            return
+        name = self.rng.choice([*self._copies])
+        nid, image = self._copies[name]
+        if name not in names or cluster.disks[name].nid != nid:
+            return
+        self._note(f"an older copy is going to be put back on disk of {name}")
+
+        def put_back() -> None:
+            if cluster.disks[name].nid == nid and self._copies.pop(name, None):
+                self.sim.note("FAULT", f"disk of {name} is an older copy")
+                self.sim.sometimes("an older disk")
+                cluster.disks[name].put(image)
+
+        self._replace(name, put_back)
+
+    def _dispensable(self) -> list[str]:
+        """Storages of which all data are elsewhere, too."""
+        cluster = self.cluster
         primary = cluster.primary
         if primary is None or not cluster.healthy or cluster.lost:
-            return
-        names = [
+            return []
+        return [
             name
             for name in cluster.storages
             if (app := self.sim.app(name)) is not None
             and app.nid in primary.pt.nids()
             and all(set(row) - {app.nid} for row in primary.pt.readable)
         ]
-        if not names:
-            return
-        name = self.rng.choice(names)
+
+    def _replace(self, name: str, change: Callable[[], object]) -> None:
+        """Kill a storage, and change its disk once the others go on without it."""
+        cluster = self.cluster
         nid = self.sim.app(name).nid
-        self._note(f"disk of {name} is going to be lost")
         cluster.crash(name, self.rng.random() < 0.5)
 
         def look() -> None:
             if self.stopped or cluster.lost or cluster.process(name).alive:
                 return
             if self._does_without(nid):
-                self.sim.note("FAULT", f"disk of {name} is lost")
-                self.sim.sometimes("a disk lost")
-                cluster.lose(name)
+                change()
             else:
                 self.sim.after(0.2, look)
 

@@ -20,9 +20,10 @@ from neo.client.app import CACHE_SIZE
 from .cluster import Cluster, Shape, transactions_of
 from .faults import COMMANDS, KINDS, Faults
 from .marks import marked
+from .objects import OTHERS, Objects
 from .runtime import Simulation, SimulationFailed
 from .undo import Undos
-from .workload import Tokens
+from .workload import ALL, Tokens
 
 SAFETY = 30.0  # seconds with faults
 LIVENESS = 120.0  # seconds that everything may take to recover
@@ -65,8 +66,8 @@ class Options:
 
     `commits` end the phase with faults, or `seconds`; `think`: mean pause between two
     transactions of a thread; `skew`: bound of the differences between clocks;
-    `padding`: greatest size of values, bytes; `cache_size`: of clients; `undo`: with
-    the other workload, too.
+    `padding`: greatest size of values, bytes; `cache_size`: of clients; `undo`,
+    `objects`: with the other workloads, too.
     """
 
     shape: Shape = field(default_factory=Shape)
@@ -83,6 +84,7 @@ class Options:
     buggify: float = 0.0
     skew: float = 0.0
     padding: int = 0
+    objects: bool = False
     cache_size: int = CACHE_SIZE
     undo: bool = False
     tunables: dict[str, int | float] = field(default_factory=dict)
@@ -112,10 +114,15 @@ class Options:
             disk_latency=rng.choice([0.0001, 0.002, 0.01]),
             buggify=rng.choice([0, 0.5]),
             skew=rng.choice([0, 1, 3600]),
-            padding=sim.rng("padding").choice([0, 0, 0, 1000, 20_000, 300_000]),
+            padding=(
+                10 << 20
+                if sim.rng("big values").random() < 0.02
+                else sim.rng("padding").choice([0, 0, 0, 1000, 20_000, 300_000])
+            ),
             cache_size=sim.rng("cache").choice([0, 1000, *[CACHE_SIZE] * 6]),
             # (What was undone may be truncated.)
             undo=sim.rng("undo").random() < 0.3 and "truncate" not in kinds,
+            objects=sim.rng("zodb").random() < 0.25 and "truncate" not in kinds,
             tunables={
                 name: sim.rng(name).choice(values)
                 for name, values in TUNABLES.items()
@@ -183,8 +190,10 @@ class Run:
         sim.options = str(options)
         self.cluster = Cluster(sim, options.shape)
         self.cluster.client_options["cache_size"] = options.cache_size
-        self.tokens = Tokens(sim, options.think, options.padding)
+        oids = OTHERS if options.objects else ALL
+        self.tokens = Tokens(sim, options.think, options.padding, oids)
         self.undos = Undos(sim, options.think)
+        self.objects = Objects(sim, options.think)
         self.tokens.acknowledged = self.cluster.acknowledge
         self.faults: Faults | None = None
 
@@ -202,6 +211,9 @@ class Run:
         cluster.call(self.tokens.create, cluster.storage())
         if self.options.undo:
             cluster.call(self.undos.create, cluster.storage())
+        if self.options.objects:
+            first = cluster.clients[0]
+            cluster.call(self.objects.create, first, cluster.storage(first))
         for name in cluster.clients:
             self.start_client(name)
 
@@ -211,6 +223,8 @@ class Run:
             self.tokens.start(name, self.cluster.storage(name))
         if self.options.undo:
             self.undos.start(name, self.cluster.storage(name))
+        if self.options.objects:
+            self.objects.start(name, self.cluster.storage(name))
 
     def execute(self, seconds: float | None = None) -> None:
         """All phases."""
@@ -252,7 +266,7 @@ class Run:
         tokens.padding = 0
         # Minutes in which clients have nothing to find out cost as little as they can.
         is_long = bool(cluster.lost) or cluster.truncating
-        tokens.think = self.undos.think = PEACE if is_long else max(tokens.think, CALM)
+        self._pause(PEACE if is_long else max(tokens.think, CALM))
         if cluster.lost:
             # Nodes have found each other by then, if they can.
             sim.run(90)
@@ -267,14 +281,20 @@ class Run:
             sim.run_until(lambda: cluster.healthy, LIVENESS)
             cluster.truncating = False
             tokens.truncated()
-        tokens.think = self.undos.think = max(self.options.think, CALM)
+        self._pause(max(self.options.think, CALM))
         expected = tokens.committed + 3 * len(cluster.clients)
         sim.run_until(lambda: tokens.committed >= expected, LIVENESS)
-        tokens.stopping = self.undos.stopping = True
-        sim.run_until(lambda: not (tokens.running or self.undos.running), LIVENESS)
+        workloads = tokens, self.undos, self.objects
+        for workload in workloads:
+            workload.stopping = True
+        sim.run_until(lambda: not any(w.running for w in workloads), LIVENESS)
         sim.run(QUIET)
         # What was cut off silently may be noticed, and replaced, only now.
         sim.run_until(lambda: cluster.healthy, LIVENESS)
+
+    def _pause(self, think: float) -> None:
+        for workload in (self.tokens, self.undos, self.objects):
+            workload.think = think
 
     def audit(self) -> None:
         """Compare all that was seen with all that is there."""
@@ -291,6 +311,9 @@ class Run:
         cluster.call(self.tokens.check, cluster.storage(), replicas, metadata)
         if self.options.undo:
             cluster.call(self.undos.check, cluster.storage())
+        if self.options.objects:
+            first = cluster.clients[0]
+            cluster.call(self.objects.check, first, cluster.storage(first))
         if leftovers := cluster.leftovers():
             raise self.sim.failure(f"left in temporary tables: {leftovers}")
 
@@ -370,6 +393,7 @@ def _smaller(options: Options) -> Iterator[Callable[[Options], Options]]:
     yield lambda o: replace(o, skew=0.0)
     yield lambda o: replace(o, padding=0)
     yield lambda o: replace(o, undo=False)
+    yield lambda o: replace(o, objects=False)
     for tunable in options.tunables:
         yield lambda o, n=tunable: replace(
             o, tunables={k: v for k, v in o.tunables.items() if k != n}

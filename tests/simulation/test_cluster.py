@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from neo.lib.protocol import (
     SetNumReplicas,
     TweakPartitionTable,
 )
-from tests.history import OK
+from tests.history import CONFLICT, OK
 from tests.simulation.cluster import CLUSTER, Cluster, Shape, transactions_of
 from tests.simulation.disk import Disk
 from tests.simulation.faults import KINDS
-from tests.simulation.runtime import SimRuntime, Simulation
+from tests.simulation.objects import Change, Objects
+from tests.simulation.runtime import SimRuntime, Simulation, SimulationFailed
 from tests.simulation.scenario import Options, Run, shrink
 from tests.simulation.workload import ALL, Tokens
 
@@ -326,6 +328,55 @@ def test_storage_that_was_forgotten(first: str, restarted: bool) -> None:
     sim.run_until(lambda: cluster.healthy and sim.app("s1").nid == 3, 20)
     assert sim.app("s2").nid == 2
     assert cluster.replicas()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_objects_reach_what_they_should(seed: int) -> None:
+    """ZODB's own workload: conflicts, resolved ones too, undo."""
+    shape = Shape(storages=2, partitions=3, clients=3, threads=1, replicas=1)
+    options = Options(shape, every=1e9, commits=400, think=0.05, objects=True)
+    run = Run(seed, options=options)
+    run.execute()
+    outcomes = Counter((c.kind, c.outcome) for c in run.objects.changes)
+    for kind in ("insert", "move", "vote", "undo"):
+        assert outcomes[kind, OK] > 5, outcomes
+    for kind in ("move", "undo"):
+        assert outcomes[kind, CONFLICT] > 0, outcomes
+    # All of them change the same counter, at the same time.
+    assert outcomes["vote", OK] > 5 * outcomes["vote", CONFLICT], outcomes
+
+
+def test_objects_that_are_wrong() -> None:
+    """What the workload looks at in each snapshot, and at the end."""
+    sim = Simulation()
+    cluster = Cluster(sim, Shape())
+    cluster.start()
+    sim.run_until(lambda: cluster.healthy, 20)
+    objects = Objects(sim, 0.1)
+    cluster.call(objects.create, "c0", cluster.storage())
+
+    def spoil(change: Callable[[Any], object]) -> None:
+        conn = objects._connect(sim.processes["c0"], cluster.storage())
+        change(conn.root())
+        conn.transaction_manager.commit()
+
+    def check(wrong: str) -> None:
+        with pytest.raises(SimulationFailed, match=wrong):
+            cluster.call(objects.check, "c0", cluster.storage())
+
+    objects.changes.append(Change("lost", "insert", OK))
+    check("P1: .*lost.* is there 0 times")
+    objects.changes[:] = [Change("vote", "vote", OK)]
+    check("P1: 0 votes, not 1 to 1")
+    objects.changes.clear()
+    cluster.call(spoil, lambda root: root["tree"].setdefault("x", "strange"))
+    check("P4: 1 keys, 0 were counted")
+    cluster.call(spoil, lambda root: root["count"].change(1))
+    check("P9: .*strange.* come from nowhere")
+    objects.changes.append(Change("strange", "insert", CONFLICT))
+    check("P9: .*strange.* is there")
+    cluster.call(spoil, lambda root: setattr(root["ring"][3], "next", root["ring"][2]))
+    check("P4: the ring is broken")
 
 
 # --- random runs ----------------------------------------------------------------------
