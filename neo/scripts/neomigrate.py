@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from neo.lib.config import LOG_AND_TLS, Parser, add_options, check_tls, masters
@@ -24,14 +26,51 @@ from neo.lib.util import add64, datetime_from_tid, format_address, time_from_tid
 PROGRESS_INTERVAL = 1.0  # seconds
 
 
+class Interruption:
+    """While in use, SIGINT stops the copy between two transactions.
+
+    The second one ends the process at once: what is copied is the beginning of the
+    source in any case.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._signalled)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            os.write(2, b"\nneomigrate: killed; the same command resumes\n")
+            os._exit(130)
+        self.wanted = True
+        os.write(2, b"\nneomigrate: stopping; ^C again to stop at once\n")
+
+    def look(self) -> None:
+        """Raise KeyboardInterrupt if the copy shall stop."""
+        if self.wanted:
+            raise KeyboardInterrupt
+
+
 class Source:
     """What `copyTransactionsFrom` reads: the transactions that are still to be copied.
 
     Counts them, and says on stderr how far it is.
     """
 
-    def __init__(self, storage: Any, start: bytes | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        storage: Any,
+        start: bytes | None,
+        quiet: bool,
+        interruption: Interruption,
+    ) -> None:
         self.storage = storage
+        self.interruption = interruption
         self.start = start
         self.quiet = quiet
         self.transactions = 0
@@ -48,6 +87,7 @@ class Source:
         first = None
         with closing(self.storage.iterator(self.start)) as transactions:
             for transaction in transactions:
+                self.interruption.look()
                 now = time_from_tid(transaction.tid)
                 first = now if first is None else first
                 yield Counted(transaction, self)
@@ -217,8 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 verb = "Migrating" if start is None else "Resuming the migration"
                 print(f"{verb} from {args.source} to {args.destination}")
             began = time.monotonic()
-            rest = Source(source, start, args.quiet or not sys.stderr.isatty())
-            destination.copyTransactionsFrom(rest)
+            is_quiet = args.quiet or not sys.stderr.isatty()
+            with Interruption() as interruption:
+                rest = Source(source, start, is_quiet, interruption)
+                destination.copyTransactionsFrom(rest)
             if not args.quiet:
                 print(
                     f"Migration done in {time.monotonic() - began:.5g}"

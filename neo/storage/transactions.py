@@ -80,10 +80,18 @@ MEMORY_OF_TRANSACTION = 16 << 20
 MEMORY = 256 << 20
 # Seconds that a client has to resolve a conflict before others get their turn.
 RESERVATION = 0.2
-# Stalled transactions that are remembered.
-REFUSED_MAX = 1000
+# Transactions that are remembered after their end.
+REMEMBERED_MAX = 1000
+
 
 PackRequest = tuple[Sequence[Oid] | None, Tid]
+
+
+def _remember(ttids: dict[Tid, None], ttid: Tid) -> None:
+    """Add one of which late packets may come; the oldest ones are forgotten."""
+    ttids[ttid] = None
+    if len(ttids) > REMEMBERED_MAX:
+        del ttids[next(iter(ttids))]
 
 
 class Transactions:
@@ -122,6 +130,8 @@ class Transactions:
         self._hurried: Oid | None = None  # it is not reserved again
         # Those that stalled: nothing of them is accepted any more.
         self._refused: dict[Tid, None] = {}
+        # Those of which nothing was left when cells went elsewhere.
+        self._left: dict[Tid, None] = {}
         self.queues = WaitQueues()
         self.pending = Pending(backend, writer)
         self._memory = 0
@@ -527,7 +537,10 @@ class Transactions:
             answer, kept = AnswerStoreTransaction, metadata
         else:
             if ttid not in self.by_ttid and ttid not in self._refused:
-                raise ProtocolError(f"unknown transaction {ttid.hex()}")
+                if ttid not in self._left:
+                    raise ProtocolError(f"unknown transaction {ttid.hex()}")
+                conn.answer(AnswerVoteTransaction)
+                return
             transaction = self._join(conn, ttid)
             answer, kept = AnswerVoteTransaction, None
         if transaction.forgotten:
@@ -550,6 +563,8 @@ class Transactions:
         if not stores and recorded is None:
             transaction.is_durable = True
             conn.answer(answer)
+            if self._is_empty(transaction):
+                self._leave(transaction)
             return
         backend = self._backend
         if self._is_alone():
@@ -633,9 +648,7 @@ class Transactions:
 
     def refuse(self, ttid: Tid) -> None:
         """The master aborts a transaction whose client does not know it."""
-        self._refused[ttid] = None
-        if len(self._refused) > REFUSED_MAX:
-            del self._refused[next(iter(self._refused))]
+        _remember(self._refused, ttid)
         self.abort(ttid)
 
     def abort_of_node(self, node: Node, *, voted: bool) -> None:
@@ -709,6 +722,27 @@ class Transactions:
             if _u64(oid)[0] % self._np in changed:
                 self._freed.append(oid)
         self._serve()
+        if lost:
+            for transaction in tuple(self.by_ttid.values()):
+                if transaction.state <= VOTED and self._is_empty(transaction):
+                    self._leave(transaction)
+
+    def _leave(self, transaction: Transaction) -> None:
+        """Nothing of a transaction is here, and the master will not say how it ends."""
+        _remember(self._left, transaction.ttid)
+        self.abort(transaction.ttid)
+
+    def _is_empty(self, transaction: Transaction) -> bool:
+        return not (
+            transaction.writes
+            or transaction.checks
+            or transaction.conflicts
+            or transaction.forgotten
+            or transaction.blind
+            or transaction.locks
+            or transaction.waiting
+            or transaction.has_metadata
+        )
 
     def _drop_partitions(self, transaction: Transaction, lost: set[int]) -> None:
         np = self._np
@@ -724,6 +758,10 @@ class Transactions:
             del transaction.checks[oid]
         for oid in select(transaction.forgotten):
             del transaction.forgotten[oid]
+        for oid in select(transaction.conflicts):
+            del transaction.conflicts[oid]
+        if _u64(transaction.ttid)[0] % np in lost:
+            transaction.has_metadata = False
         for oid in select(transaction.writes):
             if transaction.state == OPEN:
                 self._discard(transaction, oid)

@@ -333,6 +333,22 @@ def test_interruption(cluster: Cluster) -> None:
         create(other)
 
 
+def test_release_that_is_interrupted(cluster: Cluster) -> None:
+    """KeyboardInterrupt can leave the lock taken: the next wait gives it back."""
+    with cluster.client() as storage:
+        create(storage)
+        storage._runtime.lock.acquire()
+        storage.sync()
+        thread = Thread(target=storage.sync, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        storage._runtime.lock.acquire()
+        background = storage._runtime._thread
+        storage.close()
+        assert not background.is_alive()
+
+
 def disturb(storage: Any) -> None:
     """Break a connection of a client."""
     with storage._runtime:

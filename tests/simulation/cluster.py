@@ -33,6 +33,7 @@ from neo.master.app import Master, MasterOptions
 from neo.master.transactions import Transaction
 from neo.storage.app import StorageNode, StorageOptions
 from neo.storage.database.memory import MemoryBackend
+from neo.storage.locks import UNLOCKED
 
 from .disk import Disk
 from .runtime import HOST, Process, SimRuntime, Simulation, SimulationFailed
@@ -554,14 +555,16 @@ class Cluster:
         return result
 
     def leftovers(self) -> dict[str, int]:
-        """Voted transactions that nobody finishes, and data that nobody refers to."""
+        """Transactions that nobody finishes, and data that nobody refers to."""
         result = {}
         for name in self.storages:
             node = self.sim.app(name)
             if node is None or node.operation is None:
                 continue
             backend = node.backend
-            count = len(backend.locked_transactions())
+            open_ones = node.operation.transactions.by_ttid.values()
+            count = sum(transaction.state < UNLOCKED for transaction in open_ones)
+            count += len(backend.locked_transactions())
             backend.begin(False)
             count += backend.prune_orphans(0, 1 << 30, True)[0]
             backend.commit()
