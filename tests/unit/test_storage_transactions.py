@@ -23,6 +23,7 @@ from neo.lib.protocol import (
     AnswerTIDsFrom,
     AnswerTransactionInformation,
     AnswerUnfinishedTransactions,
+    AnswerVoteTransaction,
     AskCheckCurrentSerial,
     AskFinalTID,
     AskLockInformation,
@@ -349,6 +350,33 @@ def test_reservation_ends_with_operation(h: Harness) -> None:
     contend(h)
     h.m.send(StopOperation)
     h.advance(1)
+
+
+def test_transactions_that_have_nothing_here_any_more(h: Harness) -> None:
+    """All their cells went elsewhere (behaviour 12.1 D10): nobody would end them."""
+    c = h.client()
+    for ttid, oid in (T1, A), (T2, B), (T3, C), (T4, ODD):
+        c.store(ttid, oid, b"1")
+        accepted(c)
+    c.vote(T1, A)
+    c.vote(T4, ODD)
+    c.packets()
+    h.change_table(2, (0, 1, CellState.DISCARDED))
+    transactions = h.node.operation.transactions  # type: ignore[union-attr]
+    assert [*transactions.by_ttid] == [T4]
+    # Clients may not know it yet.
+    c.vote_only(T2)
+    assert c.receive(AnswerVoteTransaction) == ()
+    c.vote(T3, C)
+    assert c.receive(AnswerStoreTransaction) == ()
+    assert [*transactions.by_ttid] == [T4]
+    for ttid in T1, T2, T3:
+        c.abort(ttid)
+    h.m.lock(T4, T5)
+    h.m.unlock(T4)
+    h.advance(1)
+    assert not transactions.by_ttid
+    assert c.load(ODD)[1] == T5
 
 
 def test_stores_of_one_transaction_replace_each_other(h: Harness) -> None:
