@@ -33,6 +33,7 @@ from neo.lib.protocol import (
 
 from .background import Slices
 from .database.interface import Metadata, Oid, Reader, Tid, Value
+from .database.interface import Transaction as TransactionRow
 from .locks import READABLE, Transaction, Write
 
 if TYPE_CHECKING:
@@ -202,20 +203,7 @@ class ClientHandler(Handler):
         def read(msg_id: int) -> Slices:
             found = yield lambda reader: reader.transaction(tid)
             self._check_readable(partition)
-            if found is None:
-                raise Refused(ErrorCode.TID_NOT_FOUND, tid.hex())
-            conn.send(
-                AnswerTransactionInformation,
-                msg_id,
-                (
-                    tid,
-                    found.user,
-                    found.description,
-                    found.extension,
-                    found.packed,
-                    found.oids,
-                ),
-            )
+            _inform(conn, msg_id, tid, found)
 
         self._when_applied(conn, lambda: self.pending.at(tid), read, short=True)
 
@@ -411,6 +399,7 @@ class Together(ClientHandler):
         self.wanted: list[tuple[Connection, int, Oid, Tid | None, Tid | None]] = []
         self.store = self._store_later
         self.stores: list[tuple[Connection, int, Tid, Oid, Tid, Write]] = []
+        self.asked: list[tuple[Connection, int, Tid]] = []  # metadata
 
     # --- stores -------------------------------------------------------------------
 
@@ -532,6 +521,32 @@ class Together(ClientHandler):
                 else:
                     conn.send(AnswerObject, msg_id, (oid, *revision))
 
+    # --- metadata -----------------------------------------------------------------
+
+    def ask_transaction_information(self, conn: Connection, tid: Tid) -> None:
+        if not self.asked:
+            self.operation.runtime.call_later(0, self._inform_asked)
+        self.asked.append((conn, conn.message_id, tid))
+
+    def _inform_asked(self) -> None:
+        asked, self.asked = [one for one in self.asked if not one[0].closed], []
+        if self.operation.is_over:
+            return
+        for start in range(0, len(asked), LOADS):
+            some = asked[start : start + LOADS]
+            found = self.backend.transactions([tid for _, _, tid in some])
+            for (conn, msg_id, tid), row in zip(some, found, strict=True):
+                try:
+                    if row is not None and self.access[_u64(tid)[0] % self.np] == (
+                        READABLE
+                    ):
+                        _inform(conn, msg_id, tid, row)
+                    else:
+                        conn.message_id = msg_id
+                        super().ask_transaction_information(conn, tid)
+                except Refused as error:
+                    refuse(conn, msg_id, error)
+
     def _load_alone(
         self,
         conn: Connection,
@@ -545,6 +560,26 @@ class Together(ClientHandler):
             super().ask_object(conn, oid, at, before)
         except Refused as error:
             refuse(conn, msg_id, error)
+
+
+def _inform(
+    conn: Connection, msg_id: int, tid: Tid, found: TransactionRow | None
+) -> None:
+    """Answer AskTransactionInformation; raises Refused."""
+    if found is None:
+        raise Refused(ErrorCode.TID_NOT_FOUND, tid.hex())
+    conn.send(
+        AnswerTransactionInformation,
+        msg_id,
+        (
+            tid,
+            found.user,
+            found.description,
+            found.extension,
+            found.packed,
+            found.oids,
+        ),
+    )
 
 
 def _reading_tids(

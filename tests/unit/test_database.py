@@ -395,6 +395,10 @@ def test_load_many(db: Backend) -> None:
             expected = [reader.load(*one) for one in some]
             assert reader.load_many(some) == expected
     assert sum(one is not None for one in db.load_many(wanted)) > 100
+    tids = [p64(tid) for tid in (*range(90, 170), 200)]
+    for some in tids, tids[::-1], [HUGE, *tids[10:12]], []:
+        assert db.transactions(some) == [db.transaction(tid) for tid in some]
+    assert sum(one is not None for one in db.transactions(tids)) == 16
     oids = [p64(oid) for oid in range(45)]
     for some in oids, [*oids, HUGE, oids[1]], oids[:1], [HUGE], []:
         expected = {oid: db.last_tid_of(oid) for oid in some}

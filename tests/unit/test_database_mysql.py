@@ -748,6 +748,10 @@ def test_round_trips(db: MySQLBackend) -> None:
         found[name] = reader.take()
     assert any(db.load_many([(p64(n), None, p64(300)) for n in range(100)]))
     found["100 loads that come together"] = reader.take()
+    assert any(db.load_many([(p64(n), p64(304), None) for n in range(100)]))
+    found["100 revisions that an iteration reads"] = reader.take()
+    assert any(db.transactions([p64(300 + n) for n in range(100)]))
+    found["metadata of 100 transactions"] = reader.take()
     assert db.last_tid_of(p64(1)) is not None
     found["store"] = reader.take()
     assert all(db.last_tids_of([p64(n) for n in range(100)]).values())

@@ -1221,3 +1221,45 @@ def test_answer_object_bytes(h: Harness) -> None:
     c.load(B)
     c.send(AskObject, A, None, None)
     assert c.receive(AnswerObject) == (A, T1, None, None, ZERO_HASH, b"", None)
+
+
+def test_metadata_asked_in_one_turn_is_one_query(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h = loading_together()
+    c, d = h.client(), h.client(2)
+    c.commit(T1, T1, {A: b"1"})
+    c.commit(T2, T2, {B: b"3"})
+    c.store(T3, C, b"4")
+    c.vote(T3, C)
+    h.m.lock(T3, T4)
+    c.packets()
+    h.turn()
+    asked: list[int] = []
+    transactions = h.backend.transactions
+
+    def counting(tids: Any) -> Any:
+        asked.append(len(tids))
+        return transactions(tids)
+
+    monkeypatch.setattr(h.backend, "transactions", counting)
+    wanted = [(c, T1), (d, T2), (d, T4), (c, T5)]  # T4 is not applied, T5 never was
+    with monkeypatch.context() as patch:
+        patch.setattr(h, "turn", lambda: None)
+        ids = [peer.send(AskTransactionInformation, tid) for peer, tid in wanted]
+    h.turn()
+    assert asked == [4]
+    h.m.unlock(T3)
+    h.advance(1)
+    answers = {
+        (peer, msg_id): args for peer in (c, d) for _, msg_id, args in peer.packets()
+    }
+    found = [
+        answers[peer, msg_id] for (peer, _), msg_id in zip(wanted, ids, strict=True)
+    ]
+    assert [(args[0], args[5]) for args in found[:3]] == [
+        (T1, (A,)),
+        (T2, (B,)),
+        (T4, (C,)),
+    ]
+    assert found[3][0] == ErrorCode.TID_NOT_FOUND

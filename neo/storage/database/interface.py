@@ -197,6 +197,9 @@ class Reader(Protocol):
     def transaction(self, tid: Tid) -> Transaction | None:
         """Metadata of a committed transaction, with its pack order. Source: 9.2."""
 
+    def transactions(self, tids: Sequence[Tid]) -> list[Transaction | None]:
+        """As `transaction` for each; one query if `Backend.loads_together`."""
+
     def tids(
         self,
         first: int,

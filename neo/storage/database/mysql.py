@@ -32,7 +32,16 @@ from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
 from neo.lib.util import p64, u64
 
 from . import schema
-from .interface import Metadata, Oid, Revision, Store, Tid, Value, Wanted
+from .interface import (
+    Metadata,
+    Oid,
+    Revision,
+    Store,
+    Tid,
+    Transaction,
+    Value,
+    Wanted,
+)
 from .mysql_driver import (
     ABSENT,
     LITERALS,
@@ -59,6 +68,7 @@ from .reader import (
     Row,
     SQLReader,
     clip,
+    metadata,
     optional,
     revision,
 )
@@ -287,32 +297,45 @@ class MySQLReader(SQLReader):
 
     # Each looks only at the revisions that it finds, as long as the history may be: a
     # query for all of them, grouped by oid, reads their histories.
-    ONE_OF_MANY = (
-        _LOAD.format(next=_TID.format(which="MIN", bound=">")).replace(
-            "SELECT", "SELECT o.oid,", 1
-        )
-        + f"AND o.tid = {_TID.format(which='MAX', bound='<=')}"
+    _OF_MANY = _LOAD.format(next=_TID.format(which="MIN", bound=">")).replace(
+        "SELECT", "SELECT ?4,", 1
     )
+    BEFORE_OF_MANY = _OF_MANY + f"AND o.tid = {_TID.format(which='MAX', bound='<=')}"
+    AT_OF_MANY = _OF_MANY + "AND o.tid = ?3"
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
-        before_by_oid: dict[Oid, Tid | None] = {}
+        result: list[Revision | None] = [None] * len(wanted)
         queries = []
-        for oid, at, before in wanted:
+        for i, (oid, at, before) in enumerate(wanted):
             number = u64(oid)
-            if at is None and number <= ID_MAX and oid not in before_by_oid:
-                before_by_oid[oid] = before
+            if at is not None:
+                sql, bound = self.AT_OF_MANY, u64(at)
+            else:
+                sql = self.BEFORE_OF_MANY
                 bound = ID_MAX if before is None else clip(before) - 1
-                args = number % self.layout.partitions, number, bound
-                queries.append(render(self.ONE_OF_MANY, args))
-        rows = self._ask(b" UNION ALL ".join(queries)) if queries else ()
-        found = {p64(row[0]): revision(row[1:]) for row in rows}
-        result = []
-        for oid, at, before in wanted:
-            one = found.get(oid)
-            is_chunked = one is not None and one[2] is not None and one[2] >= CHUNKED
-            if at is not None or before_by_oid.get(oid, at) != before or is_chunked:
-                one = self.load(oid, at, before)
-            result.append(one)
+            if max(number, bound) <= ID_MAX:
+                args = number % self.layout.partitions, number, bound, i
+                queries.append(render(sql, args))
+        for i, *row in self._ask_many(queries):
+            found = revision(tuple(row))
+            is_chunked = found[2] is not None and found[2] >= CHUNKED
+            result[i] = self.load(*wanted[i]) if is_chunked else found
+        return result
+
+    def _ask_many(self, queries: list[bytes]) -> list[Row]:
+        return self._ask(b" UNION ALL ".join(queries)) if queries else []
+
+    TRANSACTION_OF_MANY = SQLReader.TRANSACTION.replace("SELECT", "SELECT ?,", 1)
+
+    def transactions(self, tids: Sequence[Tid]) -> list[Transaction | None]:
+        result: list[Transaction | None] = [None] * len(tids)
+        queries = [
+            render(self.TRANSACTION_OF_MANY, (i, n % self.layout.partitions, n))
+            for i, n in enumerate(map(u64, tids))
+            if n <= ID_MAX
+        ]
+        for i, *row in self._ask_many(queries):
+            result[i] = metadata(tuple(row))
         return result
 
     LAST_OF_MANY = (
@@ -326,7 +349,7 @@ class MySQLReader(SQLReader):
         queries = [
             render(self.LAST_OF_MANY, (n % self.layout.partitions, n)) for n in numbers
         ]
-        for number, tid in self._ask(b" UNION ALL ".join(queries)) if queries else ():
+        for number, tid in self._ask_many(queries):
             result[p64(number)] = optional(tid)
         return result
 

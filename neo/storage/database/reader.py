@@ -56,6 +56,20 @@ def split_oids(oids: bytes) -> list[Oid]:
     return [oids[i : i + 8] for i in range(0, len(oids), 8)]
 
 
+def metadata(row: Row) -> Transaction:
+    """From a row of `TRANSACTION`."""
+    user, description, extension, oids, packed, ttid, *pack = row
+    return Transaction(
+        _bytes(user),
+        _bytes(description),
+        _bytes(extension),
+        split_oids(_bytes(oids)),
+        bool(packed),
+        p64(ttid),
+        None if pack[1] is None else _pack_order(*pack),
+    )
+
+
 def revision(row: Row) -> Revision:
     """What a row of one of the `LOAD_...` means."""
     tid, next_tid, data_id, value_tid, compression, checksum, data = row
@@ -280,18 +294,10 @@ class SQLReader(ABC):
             return None
         args = (number % self.layout.partitions, number)
         rows = self._query(self.TRANSACTION, args)
-        if not rows:
-            return None
-        user, description, extension, oids, packed, ttid, *pack = rows[0]
-        return Transaction(
-            _bytes(user),
-            _bytes(description),
-            _bytes(extension),
-            split_oids(_bytes(oids)),
-            bool(packed),
-            p64(ttid),
-            None if pack[1] is None else _pack_order(*pack),
-        )
+        return metadata(rows[0]) if rows else None
+
+    def transactions(self, tids: Sequence[Tid]) -> list[Transaction | None]:
+        return [self.transaction(tid) for tid in tids]
 
     TIDS_DOWN = (
         "SELECT tid FROM trans WHERE partition = ? AND tid <= ?"
