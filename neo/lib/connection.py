@@ -134,6 +134,7 @@ class Connection:
         self.message_id = 0  # of the packet being handled
         self.out: list[bytes] = []
         self.out_size = 0
+        self._waits = False  # `out` goes with the next packet, or at `flush_waiting`
         self.last_received = 0.0
         self.reason = ""  # why it was closed, for messages
         self._peer = f"None ({format_address(address)})"
@@ -183,8 +184,12 @@ class Connection:
     def _write(self, data: bytes) -> None:
         if self._full:
             return
-        if not self.out:
+        if not self.out or self._waits:
+            self._waits = False
             self.transport.flush_soon()
+        self._queue(data)
+
+    def _queue(self, data: bytes) -> None:
         self.out.append(data)
         self.out_size += len(data)
         if self.out_size > LIMIT:
@@ -220,13 +225,31 @@ class Connection:
         self, packet: Packet[P], tail: bytes, *args: P.args, **_: P.kwargs
     ) -> None:
         """As `notify`, with what `encode_tail` made: once for many peers."""
-        if self.closed:
-            return
+        if not self.closed:
+            self._write(self._notification(packet, tail, args))
+
+    def notify_later(
+        self, packet: Packet[P], tail: bytes, *args: P.args, **_: P.kwargs
+    ) -> None:
+        """As `notify_encoded`, but sent with what follows, or by `flush_waiting`."""
+        if not (self.closed or self._full):
+            self._waits = self._waits or not self.out
+            self._queue(self._notification(packet, tail, args))
+
+    def flush_waiting(self) -> None:
+        """Send what `notify_later` left."""
+        if self._waits:
+            self._waits = False
+            self.transport.flush_soon()
+
+    def _notification(
+        self, packet: Packet[...], tail: bytes, args: tuple[Any, ...]
+    ) -> bytes:
         msg_id = self._new_id()
-        data = b"\x93" + pack(msg_id) + tail
+        data: bytes = b"\x93" + pack(msg_id) + tail
         if self.log.tracing:
             self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
-        self._write(data)
+        return data
 
     def answer(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
         """Answer the request being handled."""

@@ -3,8 +3,7 @@
 A transaction is in its first phase until its client asks to finish it; then it has a
 tid, stands in the finish queue and is never aborted. The queue is in the order of tids:
 a transaction is committed when the storages involved have locked it and all those
-before it are committed. So clients hear of commits in the order of tids, before the
-storages are told to show them.
+before it are committed. So clients hear of commits in the order of tids.
 
 Who waits stands in lists: begins (in order of arrival) while a storage is starting,
 failed votes until another transaction ends, AskFinalTID in its transaction.
@@ -63,6 +62,11 @@ ID_GAP = 1 << 32
 NEW_OIDS_MAX = 1 << 16
 # Who answers a Ping within this time (seconds) is healthy.
 ALIVE = 1.0
+# More clients than these are not told of each commit on its own, but within TOGETHER
+# seconds: with 200 of them, that is most of what a commit costs. Who synchronises, or
+# is answered, has been told before.
+MANY = 16
+TOGETHER = 0.05
 # Requests that wait; beyond, clients are told to come again later.
 PARKED_MAX = 100_000
 # Transactions that are remembered as dropped.
@@ -134,6 +138,7 @@ class Transactions:
         self.master = master
         self.runtime = master.runtime
         self.log = master.runtime.log
+        self._telling = False  # `_tell` will be called
         self._offset = self.runtime.now() - self.runtime.monotonic()
         self._given = ZERO_TID  # the greatest id that was made, for as long as we live
         self.settling = Settling(master, self._settled)
@@ -632,19 +637,37 @@ class Transactions:
             self._commit(transaction)
             self._ended()
 
+    def _invalidate(
+        self, author: Node | None, tid: bytes, oids: Sequence[bytes]
+    ) -> None:
+        """Tell the other clients what was committed; see MANY."""
+        tail = encode_tail(InvalidateObjects, tid, oids)
+        is_urgent = len(self.clients) <= MANY
+        for node, conn in self.clients.items():
+            if node is author:
+                continue
+            if is_urgent:
+                conn.notify_encoded(InvalidateObjects, tail, tid, oids)
+            else:
+                conn.notify_later(InvalidateObjects, tail, tid, oids)
+        if not (is_urgent or self._telling):
+            self._telling = True
+            self.master.runtime.call_later(TOGETHER, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = False
+        for conn in self.clients.values():
+            conn.flush_waiting()
+
     def _commit(self, transaction: Transaction) -> None:
-        # Clients first: when a storage shows a revision, its invalidation is on the
-        # wire to all of them.
+        # Clients first: unless they are many, they are told before a storage shows it.
         ttid, tid, oids = transaction.ttid, transaction.tid, transaction.oids
         assert tid is not None
         author = transaction.client
         if transaction.reply is not None:
             transaction.reply.answer(AnswerTransactionFinished, ttid, tid)
         if len(self.clients) > (author in self.clients):
-            tail = encode_tail(InvalidateObjects, tid, oids)
-            for node, conn in self.clients.items():
-                if node is not author:
-                    conn.notify_encoded(InvalidateObjects, tail, tid, oids)
+            self._invalidate(author, tid, oids)
         for conn in self.backups.values():
             conn.notify(InvalidatePartitions, tid, transaction.partitions)
         tail = encode_tail(NotifyUnlockInformation, ttid)

@@ -55,6 +55,8 @@ TUNABLES: dict[str, tuple[int | float, ...]] = {
     "neo.storage.client:SLICE": (1, 5),
     "neo.storage.writer:LAZY_DELAY": (0, 10),
     "neo.master.transactions:ALIVE": (0.01,),
+    "neo.master.transactions:MANY": (0, 1),
+    "neo.master.transactions:TOGETHER": (0.2,),
     "neo.client.oids:OIDS_BLOCK": (1, 3),
     "neo.client.oids:OIDS_LOW": (0,),
 }

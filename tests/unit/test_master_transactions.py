@@ -30,6 +30,7 @@ from neo.lib.protocol import (
     WaitForPack,
 )
 from neo.lib.util import add64, p64, tid_from_time, u64
+from neo.master import transactions
 from tests.unit.master_peers import (
     OUT,
     Disk,
@@ -100,6 +101,43 @@ def test_commit() -> None:
     assert world.call(author, AskLastTransaction) == (tid,)
     assert world.call(author, AskLastIDs) == (tid, p64(2), tid)
     assert world.call(author, AskNewOIDs, 1) == ((p64(3),),)
+
+
+def test_many_clients_are_told_of_several_commits_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But before anything else that is sent to them."""
+    monkeypatch.setattr(transactions, "MANY", 2)
+    monkeypatch.setattr(transactions, "TOGETHER", 0.1)
+    world = cluster(1, replicas=0)
+    author, *others = (world.client(f"C{i}") for i in range(4))
+    first = others[0]
+    node = world.master.nodes.by_nid(first.nid)
+    assert node is not None
+    sent: list[int] = []
+    flush = node.connection.transport.flush_soon
+
+    def flushing() -> None:
+        sent.append(len(node.connection.out))
+        flush()
+
+    monkeypatch.setattr(node.connection.transport, "flush_soon", flushing)
+    tids = []
+    start = world.sim.time
+    while world.sim.time < start + 0.2:
+        tids.append(commit(world, author, 1))
+    world.settle()
+    for other in others:
+        assert [tid for tid, _ in other.of("InvalidateObjects")] == tids
+    assert sum(sent) == len(tids)
+    assert len(sent) <= 4 < len(tids)
+    # Who synchronises knows all.
+    monkeypatch.setattr(transactions, "TOGETHER", 1000)
+    tids.append(commit(world, author, 1))
+    world.settle()
+    assert len(first.of("InvalidateObjects")) == len(tids) - 1
+    world.call(first, AskLastTransaction)
+    assert [tid for tid, _ in first.of("InvalidateObjects")] == tids
 
 
 def test_only_concerned_storages_take_part() -> None:
