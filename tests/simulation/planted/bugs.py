@@ -231,6 +231,12 @@ BUGS = (
         "if position is None:",
         "if True:",
     ),
+    Bug(
+        "transactions stay on storages that lost all of their cells",
+        f"{STORAGE}.access_changed",
+        "transaction.state <= VOTED and self._is_empty(transaction)",
+        "False",
+    ),
     # --- clients ---
     Bug(
         "the last tid comes before the invalidation of the cache",
@@ -264,8 +270,8 @@ BUGS = (
     ),
     Bug(
         "a commit is not told to the other clients",
-        f"{MASTER}._commit",
-        "if node is not author:",
-        "if False:",
+        f"{MASTER}._invalidate",
+        "if node is author:",
+        "if True:",
     ),
 )
