@@ -21,10 +21,11 @@ import pytest
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
 from neo.lib.protocol import ZERO_OID, CellState
 from neo.lib.util import p64
-from neo.storage.database import mysql, mysql_driver, open_backend
+from neo.storage.database import mysql, mysql_driver, mysql_reader, open_backend
 from neo.storage.database.interface import Metadata, Store, Transaction, Value
-from neo.storage.database.mysql import CHUNK, CHUNKED_MIN, MySQLBackend
+from neo.storage.database.mysql import CHUNKED_MIN, MySQLBackend
 from neo.storage.database.mysql_driver import Location, Lost, parse_location, render
+from neo.storage.database.mysql_reader import CHUNK
 from neo.storage.database.reader import LOST_HASH, decode_config
 from tests import mariadb
 from tests.unit.database_queries import execute_all
@@ -195,8 +196,8 @@ def test_server_that_is_not_there(
     mariadb.require(kind)
     adapter = mariadb.ADAPTERS[kind][0]
     naps: list[float] = []
-    monkeypatch.setattr(mysql.time, "sleep", naps.append)
-    monkeypatch.setattr(mysql.time, "monotonic", lambda: len(naps))
+    monkeypatch.setattr(mysql_reader.time, "sleep", naps.append)
+    monkeypatch.setattr(mysql_reader.time, "monotonic", lambda: len(naps))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         for wait, attempts in (0, 0), (3, 3):
@@ -594,12 +595,12 @@ def test_reader_gives_up(
         raise Lost("gone")
 
     naps: list[float] = []
-    monkeypatch.setattr(mysql.time, "sleep", naps.append)
-    monkeypatch.setattr(mysql.time, "monotonic", lambda: sum(naps))
+    monkeypatch.setattr(mysql_reader.time, "sleep", naps.append)
+    monkeypatch.setattr(mysql_reader.time, "monotonic", lambda: sum(naps))
     monkeypatch.setattr(db._server, "connect", refuse)
     with pytest.raises(BackendError, match="gone"):
         db.load(ZERO_OID)
-    assert sum(naps) == pytest.approx(mysql.RECONNECT_S, abs=0.2)
+    assert sum(naps) == pytest.approx(mysql_reader.RECONNECT_S, abs=0.2)
 
 
 @pytest.mark.parametrize("adapter", ["MySQLdb", "PyMySQL"])
