@@ -35,8 +35,8 @@ from neo.lib.runtime import ClientRuntime
 from neo.lib.tls import TLS
 from neo.lib.util import Address, p64, tid_from_time, u64
 
+from . import fork, shell, undo
 from . import iterator as iteration
-from . import shell, undo
 from .answers import Refusal
 from .app import (
     CACHE_SIZE,
@@ -75,7 +75,7 @@ Factory = Callable[[], ClientRuntime]
     interfaces.IMultiCommitStorage,
     interfaces.IPrefetchStorage,
 )
-class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
+class Storage(BaseStorage, ConflictResolvingStorage, fork.Forkable):
     """A NEO cluster as a storage; any number of threads may use it.
 
     `master_nodes`: addresses separated by white space; `name`: of the cluster. Sizes
@@ -155,7 +155,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
         self._new_core()
         self.app = AppFacade(self)
         if _runtime is None:
-            shell.register(self)
+            fork.register(self)
 
     def _share(self, origin: Storage) -> None:
         """Use the connections of another storage."""
@@ -186,7 +186,7 @@ class Storage(BaseStorage, ConflictResolvingStorage, shell.Forkable):
     @property
     def _runtime(self) -> Any:
         if self._pid != getpid():
-            shell.forked_untold()
+            fork.forked_untold()
         return self._own_runtime
 
     def before_fork(self) -> None:

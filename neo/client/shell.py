@@ -39,7 +39,6 @@ import select
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
@@ -426,9 +425,9 @@ class ShellRuntime:
         # Threads of the application would take the interpreter from each other.
         alone = len(self._waiters) == 1
         lock: Any = self.lock
-        # As threading.Condition does: nothing may be left of the lock, so a release
-        # that KeyboardInterrupt prevented is made up for.
-        _, owner = lock._release_save()
+        # As threading.Condition does, all of the lock: DemoStorage has it already, or
+        # KeyboardInterrupt prevented a release.
+        state = lock._release_save()
         try:
             if alone and transport.spin.look(transport.poll):
                 data = sock.recv(CHUNK, 0)
@@ -443,7 +442,7 @@ class ShellRuntime:
         else:
             reason = ""
         finally:
-            lock._acquire_restore((1, owner))
+            lock._acquire_restore(state)
             transport.in_recv = False
             if transport.fd < 0:
                 sock.close()
@@ -477,11 +476,11 @@ class ShellRuntime:
             timeout = max(0.0, deadline - time.monotonic()) * 1000 + 1
         waiter.asleep = True
         lock: Any = self.lock
-        _, owner = lock._release_save()  # as in _receive()
+        state = lock._release_save()  # as in _receive()
         try:
             events = poller.poll(timeout)
         finally:
-            lock._acquire_restore((1, owner))
+            lock._acquire_restore(state)
             waiter.asleep = False
             if waiter.woken:
                 waiter.woken = False
@@ -705,67 +704,3 @@ class ShellRuntime:
         for waiter in self._waiters:
             waiter.close()
         self._release()
-
-
-# --- fork -----------------------------------------------------------------------------
-
-
-class Forkable:
-    """What must be told of forks of the process."""
-
-    def before_fork(self) -> None:
-        """In the parent: be consistent until one of the others is called."""
-
-    def after_fork_parent(self) -> None:
-        """Go on."""
-
-    def after_fork_child(self) -> None:
-        """Begin anew."""
-
-    def after_fork_untold(self) -> None:
-        """In the child: as `after_fork_child`, if neither that nor `before_fork` was
-        called.
-        """
-
-
-_forkables: weakref.WeakValueDictionary[int, Forkable] = weakref.WeakValueDictionary()
-_number = count()
-_held: list[Forkable] = []
-_untold = threading.Lock()
-
-
-def _before() -> None:
-    for _, forkable in sorted(_forkables.items()):
-        forkable.before_fork()
-        _held.append(forkable)
-
-
-def _after_parent() -> None:
-    while _held:
-        _held.pop().after_fork_parent()
-
-
-def _after_child() -> None:
-    while _held:
-        _held.pop().after_fork_child()
-
-
-def forked_untold() -> None:
-    """Begin anew in a child of a fork that Python did not make: uWSGI calls no hook,
-    and its workers would share the connections of their parent.
-    """
-    with _untold:
-        for _, forkable in sorted(_forkables.items()):
-            forkable.after_fork_untold()
-
-
-def register(forkable: Forkable) -> None:
-    """Tell `forkable` of forks, as long as it lives."""
-    number = next(_number)
-    if number == 0:
-        os.register_at_fork(
-            before=_before,
-            after_in_parent=_after_parent,
-            after_in_child=_after_child,
-        )
-    _forkables[number] = forkable

@@ -21,7 +21,7 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, POSError, Unsupported
 from ZODB.tests.hexstorage import HexStorage
 
-from neo.client import shell
+from neo.client import fork
 from neo.client.Storage import Storage
 from tests.cluster.harness import Cluster, until
 
@@ -168,7 +168,7 @@ def test_fork_untold(cluster: Cluster, closed: bool) -> None:
     if closed:
         db.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shell, "_forkables", {})
+        patch.setattr(fork, "_forkables", {})
         pid = os.fork()
     if pid == 0:
         status = 1
