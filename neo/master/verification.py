@@ -57,6 +57,8 @@ class Verifying(PrimaryPhase):
         super().__init__(master)
         self.storage = VerifyingStorage(self)
         self.asked: dict[Node, int] = {}  # answers that they owe
+        # By ttid: who is asked for its final tid, and who can be asked next.
+        self.searching: dict[bytes, list[Node]] = {}
         self.asking = "nothing"
         self._next: Callable[[], object] = self._find_final_tids
         self.tids: dict[bytes, bytes | None] = {}  # by ttid
@@ -109,7 +111,7 @@ class Verifying(PrimaryPhase):
         self._advance()
 
     def _advance(self) -> None:
-        if not self.asked and self.master.phase is self:
+        if not (self.asked or self.searching) and self.master.phase is self:
             self._next()
 
     # --- steps ------------------------------------------------------------------------
@@ -138,38 +140,39 @@ class Verifying(PrimaryPhase):
             partition = pt.partition_of(ttid)
             nids = dict.fromkeys([*pt.readable[partition], *pt.rows[partition]])
             nodes = [running[nid] for nid in nids if nid in running]
-            self._find_final_tid(
-                ttid, [n for n in nodes if n not in self.reported[ttid]]
-            )
+            self.searching[ttid] = [n for n in nodes if n not in self.reported[ttid]]
+        for ttid in tuple(self.searching):
+            self._search(ttid)
         self._advance()
 
-    def _find_final_tid(self, ttid: bytes, nodes: list[Node]) -> None:
-        """Ask one node at a time."""
-        nodes = [node for node in nodes if node.connection is not None]
+    def _search(self, ttid: bytes) -> None:
+        """Ask the next node, one at a time."""
+        nodes = self.searching[ttid]
+        while nodes and nodes[0].connection is None:
+            del nodes[0]
         if not nodes:
+            del self.searching[ttid]
             return
         node = nodes[0]
-        self.asked[node] = self.asked.get(node, 0) + 1
 
-        def done(tid: bytes | None) -> None:
-            if self.master.phase is not self:
+        def found(tid: bytes | None) -> None:
+            # It may have been lost or dismissed meanwhile.
+            asked = self.searching.get(ttid)
+            if self.master.phase is not self or not asked or asked[0] is not node:
                 return
             if tid is None:
-                self._find_final_tid(ttid, nodes[1:])
+                del nodes[0]
+                self._search(ttid)
             else:
                 self.tids[ttid] = tid
-            self.answered(node)
+                del self.searching[ttid]
+            self._advance()
 
         def failed(code: int | None, text: str) -> None:
-            # If the node is lost, `storage_lost` came before.
-            if self.master.phase is self:
-                self._find_final_tid(ttid, nodes[1:])
-                if code is None:
-                    self._advance()
-                else:
-                    self.answered(node)
+            if code is not None:
+                found(None)
 
-        node.connection.ask(AskFinalTID, ttid).then(done, failed)
+        node.connection.ask(AskFinalTID, ttid).then(found, failed)
 
     def _validate(self) -> None:
         """Commit; those without tid are dropped when the operation starts."""
@@ -272,16 +275,23 @@ class Verifying(PrimaryPhase):
             master.leave_operation()
             return
         master.packs.storage_lost(node)
+        for ttid, nodes in tuple(self.searching.items()):
+            if nodes[0] is node:
+                del nodes[0]
+                self._search(ttid)
         self._advance()
 
     def describe(self) -> list[str]:
-        names = ", ".join(nid_str(node.nid) for node in self.asked)
+        asked = [*self.asked, *(nodes[0] for nodes in self.searching.values())]
+        names = ", ".join(nid_str(node.nid) for node in dict.fromkeys(asked))
         return [f"verification waits for answers to {self.asking} from {names}"]
 
     def check(self) -> None:
         for node, count in self.asked.items():
             assert node.connection is not None, node
             assert count > 0, node
+        for nodes in self.searching.values():
+            assert nodes[0].connection is not None, nodes
         assert self.master.operational()
 
 

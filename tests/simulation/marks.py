@@ -32,7 +32,7 @@ STATES = {
         "neo.storage.initialization:Initialization.validate_transaction"
     ),
     "verification asks for the final tid": (
-        "neo.master.verification:Verifying._find_final_tid"
+        "neo.master.verification:Verifying._search"
     ),
     "operation left": "neo.master.app:Master.leave_operation",
     "secondary master": "neo.master.election:Secondary.enter",
