@@ -160,7 +160,10 @@ class Reader:
                     raise refusal
                 now = app.runtime.monotonic()
                 give_up = give_up or now + app.options.limits.storage_timeout
-                if failures > len(readable) and (rejected or now >= give_up):
+                # Each was asked twice: data may have been damaged on their way.
+                if rejected > len(readable) or (
+                    failures > len(readable) and now >= give_up
+                ):
                     raise NEOStorageTransientError(
                         f"no storage available for partition {partition}: "
                         + ", ".join(

@@ -262,11 +262,11 @@ class Replication:
         excluded = transactions.reserve_blind_writes(waiting)
         master = self.node.master
         assert master is not None
-        for partition in waiting:
-            if partition not in excluded:
-                self.complete[partition] = True
-                master.notify(NotifyReplicationDone, partition, self._tids[partition])
-                transactions.settle_blind_writes(partition)
+        settled = [p for p in waiting if p not in excluded]
+        for partition in settled:
+            self.complete[partition] = True
+            master.notify(NotifyReplicationDone, partition, self._tids[partition])
+        transactions.settle_blind_writes(settled)
 
     # --- debugging ----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ database by the writer. Source: behaviour 3.3 to 3.9, architecture 6.4.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from struct import Struct
 
 from neo.lib.connection import LIMIT, Connection
@@ -799,8 +799,10 @@ class Transactions:
                 transaction.locks[oid] = None
         return excluded
 
-    def settle_blind_writes(self, partition: int) -> None:
-        """Make the blind writes of a partition normal ones: its history is complete.
+    def settle_blind_writes(self, partitions: Container[int]) -> None:
+        """Make the blind writes of partitions normal ones: their history is complete.
+
+        All at once: who is served in between might write blindly in another of them.
 
         One that conflicts is forgotten, silently: a readable cell told its client, who
         stores again, or doesn't vote. If that cell was dropped before it could, the
@@ -810,7 +812,7 @@ class Transactions:
             if transaction.state == UNLOCKED:
                 continue
             for oid in tuple(transaction.blind):
-                if _u64(oid)[0] % self._np != partition:
+                if _u64(oid)[0] % self._np not in partitions:
                     continue
                 del transaction.blind[oid]
                 write = transaction.writes.get(oid)

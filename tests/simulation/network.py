@@ -70,11 +70,11 @@ class Pipe:
         self.ended = False
         self._scheduled = False
 
-    def write(self, data: bytes) -> None:
-        """Send bytes, cut at random."""
+    def write(self, data: bytes, is_start: bool) -> None:
+        """Send bytes, cut at random. `is_start`: a packet begins here."""
         rng = self.sim.rng("network")
         self.size += len(data)
-        if self.link.damage and rng.random() < self.link.damage:
+        if is_start and self.link.damage and rng.random() < self.link.damage:
             # No checksum protects a value in a packet, so what garbles it may pass
             # unnoticed: here it is the beginning, which can't be one of a packet.
             data = GARBAGE + data[len(GARBAGE) :]
@@ -201,7 +201,8 @@ class SimTransport:
         if not self.open or out is None:
             return
         while self._unsent or self.conn.out:
-            if not self._unsent:
+            is_start = not self._unsent
+            if is_start:
                 self._unsent = self.conn.take()
                 self.conn.sent(len(self._unsent))
             room = WINDOW - out.size
@@ -209,7 +210,7 @@ class SimTransport:
                 self.blocked = True
                 return
             data, self._unsent = self._unsent[:room], self._unsent[room:]
-            out.write(data)
+            out.write(data, is_start)
         if self.finishing:
             self.close()
 

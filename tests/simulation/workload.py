@@ -276,13 +276,19 @@ class Tokens:
         """Expect nothing of what truncations may have removed, except that they remove
         all or nothing.
         """
-        present = {tid for revisions in versions.values() for tid, _ in revisions}
+        # By token: with a clock that jumped, a tid that was truncated is given again.
+        present = {
+            (tid, token)
+            for revisions in versions.values()
+            for tid, value in revisions
+            for token in value.tokens
+        }
         for sent, end, limit in self.truncations:
             later = [
                 a for a in self.attempts if a.start < end and (a.tid or a.at) > limit
             ]
             found = {
-                a.tid in present
+                (a.tid, a.token) in present
                 for a in later
                 if a.outcome == OK and a.end is not None and a.end < sent and a.written
             }

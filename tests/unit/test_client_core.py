@@ -347,6 +347,15 @@ def test_all_copies_damaged(world: Fake, app: ClientApp) -> None:
     assert caught.value.args == (OID, p64(90))
 
 
+def test_data_damaged_on_their_way(world: Fake, app: ClientApp) -> None:
+    """Asked again before they are said to be damaged, whatever failed before."""
+    bad = "AnswerObject", OID, p64(90), None, 0, bytes(20), b"bad", None
+    answers = [("close",)] * 3 + [bad, data(90, b"x")]
+    both(world, "AskObject", lambda *_: [answers.pop(0)])
+    assert app.reader.load(OID) == (b"x", p64(90), None)
+    assert not answers
+
+
 def test_missing(world: Fake, app: ClientApp) -> None:
     both(world, "AskObject", lambda *_: [("Error", 5, b"")])
     with pytest.raises(NEOStorageDoesNotExistError):

@@ -17,6 +17,7 @@ from neo.lib.protocol import (
     AddTransaction,
     AnswerFetchObjects,
     AnswerFetchTransactions,
+    AnswerInformationLocked,
     AnswerStoreObject,
     AnswerStoreTransaction,
     AnswerUnfinishedTransactions,
@@ -170,6 +171,39 @@ def test_competing_blind_writes() -> None:
     assert h.m.receive(NotifyReplicationDone) == (0, T2)
     c.abort(T3)
     assert e.packets()[0][2] == (None,)
+
+
+def test_partitions_that_end_together() -> None:
+    """Nobody writes blindly in one while the other one is settled."""
+    h = Harness()
+    m = h.operate((((1, OUT), (2, UP)), ((1, OUT), (2, UP))))
+    h.tell_nodes(OTHER)
+    _, msg_id, _ = m.expect(AskUnfinishedTransactions)
+    m.send(AnswerUnfinishedTransactions, T1, (), msg_id=msg_id)
+    peer = source(h)
+    c, d, e = (h.client(n) for n in (1, 2, 3))
+    odd = number(3)
+    for client, ttid in ((d, T3), (e, T4)):
+        for oid in (A, odd):
+            client.store(ttid, oid, b"blind")
+            assert client.receive(AnswerStoreObject) == (ZERO_TID,)
+    for question, answer in (
+        (AskFetchTransactions, (AnswerFetchTransactions, None, (), ZERO_TID)),
+        (AskFetchObjects, (AnswerFetchObjects, None, None, {})),
+    ):
+        for _, msg_id, _ in [peer.expect(question), peer.expect(question)]:
+            peer.send(*answer, msg_id=msg_id)
+    assert not m.packets()
+    e.vote(T4, A, odd)
+    e.expect(AnswerStoreTransaction)
+    c.store(T2, odd, b"waits")
+    assert not c.packets()
+    m.lock(T4, T5)
+    m.expect(AnswerInformationLocked)
+    m.unlock(T4)
+    assert [args[0] for _, _, args in m.packets()] == [0, 1]
+    # D's writes conflict with what was committed; the lock is free for C, too late.
+    assert c.receive(AnswerStoreObject) == (T5,)
 
 
 def test_chunks_and_deletions() -> None:
