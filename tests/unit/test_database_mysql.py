@@ -747,8 +747,10 @@ def test_round_trips(db: MySQLBackend) -> None:
     ):
         assert db.load(p64(1), **args) or args
         found[name] = reader.take()
-    assert any(db.load_many([(p64(n), None, p64(300)) for n in range(100)]))
+    assert any(db.load_many([(p64(n), None, p64(999)) for n in range(100)]))
     found["100 loads that come together"] = reader.take()
+    assert any(db.load_many([(p64(n), None, p64(300)) for n in range(100)]))
+    found["100 loads of the past that come together"] = reader.take()
     assert any(db.load_many([(p64(n), p64(304), None) for n in range(100)]))
     found["100 revisions that an iteration reads"] = reader.take()
     assert any(db.transactions([p64(300 + n) for n in range(100)]))

@@ -38,6 +38,7 @@ from .mysql_driver import (
     parse_location,
     preparing,
     render,
+    translate,
 )
 from .reader import (
     ID_MAX,
@@ -57,6 +58,7 @@ RETRIES = 2  # of a read, each after a reconnection
 RECONNECT_S = 5.0  # patience with a server that restarts: less than that of peers
 CHUNK = 1 << 23
 CHUNKED = 0x80  # in `compression`: the value is in `bigdata`, and described here
+_UNION = b" UNION ALL "
 DESCRIPTOR = Struct(">II")  # id of the first chunk, length of the value
 
 SESSION = (
@@ -234,46 +236,77 @@ class MySQLReader(SQLReader):
 
     # --- several loads -------------------------------------------------------------
 
-    # Each looks only at the revisions that it finds, as long as the history may be: a
-    # query for all of them, grouped by oid, reads their histories.
-    _OF_MANY = _LOAD.format(next=_TID.format(which="MIN", bound=">")).replace(
-        "SELECT", "SELECT ?4,", 1
+    # Which revisions are wanted is known once the query is planned, as long as the
+    # histories may be. To group by oid would read all of them.
+    _WANTED = "SELECT ?4 AS i, ?1 AS p, ?2 AS oid, {tid} AS tid, {next} AS next_tid"
+    _REVISIONS = (
+        " FROM obj AS n FORCE INDEX (PRIMARY) WHERE n.partition = ?1 AND n.oid = ?2"
     )
-    BEFORE_OF_MANY = _OF_MANY + f"AND o.tid = {_TID.format(which='MAX', bound='<=')}"
-    AT_OF_MANY = _OF_MANY + "AND o.tid = ?3"
+    LAST_WANTED = _WANTED.format(tid="MAX(n.tid)", next="NULL") + _REVISIONS
+    UNTIL_WANTED = _WANTED.format(
+        tid=_TID.format(which="MAX", bound="<="),
+        next=_TID.format(which="MIN", bound=">"),
+    )
+    AT_WANTED = (
+        _WANTED.format(tid="?3", next="MIN(n.tid)") + _REVISIONS + " AND n.tid > ?3"
+    )
+    LOAD_MANY = (
+        "SELECT i, o.tid, next_tid, o.data_id, o.value_tid, compression, hash, value"
+        " FROM ({wanted}) AS w STRAIGHT_JOIN obj AS o FORCE INDEX (PRIMARY)"
+        " ON (o.partition = p AND o.oid = w.oid AND o.tid = w.tid)"
+        " LEFT JOIN data ON data.id = o.data_id"
+    )
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
         result: list[Revision | None] = [None] * len(wanted)
         queries = []
+        bounded = {}
         for i, (oid, at, before) in enumerate(wanted):
             number = u64(oid)
             if at is not None:
-                sql, bound = self.AT_OF_MANY, u64(at)
+                bound = u64(at)
             else:
-                sql = self.BEFORE_OF_MANY
                 bound = ID_MAX if before is None else clip(before) - 1
             if max(number, bound) <= ID_MAX:
                 args = number % self.layout.partitions, number, bound, i
-                queries.append(render(sql, args))
-        for i, *row in self._ask_many(queries):
+                if at is None:
+                    bounded[i] = args
+                query = self.LAST_WANTED if at is None else self.AT_WANTED
+                queries.append(render(query, args))
+        rows = self._of_many(self.LOAD_MANY, queries)
+        # Few ask for what is not the last revision any more.
+        past = {i for i, tid, *_ in rows if i in bounded and tid > bounded[i][2]}
+        if past:
+            rows = [row for row in rows if row[0] not in past]
+            queries = [render(self.UNTIL_WANTED, bounded[i]) for i in sorted(past)]
+            rows += self._of_many(self.LOAD_MANY, queries)
+        for i, *row in rows:
             found = revision(tuple(row))
             is_chunked = found[2] is not None and found[2] >= CHUNKED
             result[i] = self.load(*wanted[i]) if is_chunked else found
         return result
 
-    def _ask_many(self, queries: list[bytes]) -> list[Row]:
-        return self._ask(b" UNION ALL ".join(queries)) if queries else []
+    def _of_many(self, sql: str, wanted: list[bytes]) -> list[Row]:
+        """What a query finds for what is wanted: queries of one row each."""
+        if not wanted:
+            return []
+        return self._ask(translate(sql).replace(b"{wanted}", _UNION.join(wanted)))
 
-    TRANSACTION_OF_MANY = SQLReader.TRANSACTION.replace("SELECT", "SELECT ?,", 1)
+    TRANSACTIONS = (
+        f"SELECT i, {SQLReader.METADATA} FROM ({{wanted}}) AS w"
+        " STRAIGHT_JOIN trans FORCE INDEX (PRIMARY)"
+        " ON (trans.partition = p AND trans.tid = w.tid)"
+        " LEFT JOIN pack ON pack.tid = trans.tid"
+    )
 
     def transactions(self, tids: Sequence[Tid]) -> list[Transaction | None]:
         result: list[Transaction | None] = [None] * len(tids)
         queries = [
-            render(self.TRANSACTION_OF_MANY, (i, n % self.layout.partitions, n))
+            b"SELECT %d AS i, %d AS p, %d AS tid" % (i, n % self.layout.partitions, n)
             for i, n in enumerate(map(u64, tids))
             if n <= ID_MAX
         ]
-        for i, *row in self._ask_many(queries):
+        for i, *row in self._of_many(self.TRANSACTIONS, queries):
             result[i] = metadata(tuple(row))
         return result
 
@@ -288,7 +321,7 @@ class MySQLReader(SQLReader):
         queries = [
             render(self.LAST_OF_MANY, (n % self.layout.partitions, n)) for n in numbers
         ]
-        for number, tid in self._ask_many(queries):
+        for number, tid in self._ask(_UNION.join(queries)) if queries else ():
             result[p64(number)] = optional(tid)
         return result
 

@@ -281,10 +281,12 @@ class SQLReader(ABC):
 
     # --- transactions -------------------------------------------------------
 
-    TRANSACTION = (
-        "SELECT user, description, ext, trans.oids, packed, ttid,"
+    METADATA = (
+        "user, description, ext, trans.oids, packed, ttid,"
         " approved, partial, pack.oids, pack_tid"
-        " FROM trans LEFT JOIN pack ON pack.tid = trans.tid"
+    )
+    TRANSACTION = (
+        f"SELECT {METADATA} FROM trans LEFT JOIN pack ON pack.tid = trans.tid"
         " WHERE trans.partition = ? AND trans.tid = ?"
     )
 
