@@ -37,6 +37,8 @@ class Ahead:
     def take(self) -> Answer | None:
         """What was asked for ahead, for a transaction that begins now."""
         app = self.app
+        if self._answer is not None and not self._answer.done:
+            return None  # it comes with the end of another thread's transaction
         now = app.runtime.monotonic()
         self._in_a_row = now - self._finished_at < PACE
         links_lost = False

@@ -174,12 +174,14 @@ class Connection:
 
     def send(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> None:
         """Queue a packet; dropped if the connection is closed."""
-        if self.closed:
-            return
-        data = pack((msg_id, packet.code, args))
+        if not self.closed:
+            self._write(self._encode(packet, msg_id, args))
+
+    def _encode(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> bytes:
+        data: bytes = pack((msg_id, packet.code, args))
         if self.log.tracing:
             self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
-        self._write(data)
+        return data
 
     def _write(self, data: bytes) -> None:
         if self._full:
@@ -236,8 +238,14 @@ class Connection:
             self._waits = self._waits or not self.out
             self._queue(self._notification(packet, tail, args))
 
+    def answer_later(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
+        """As `answer`, but sent with what follows, or by `flush_waiting`."""
+        if not (self.closed or self._full):
+            self._waits = self._waits or not self.out
+            self._queue(self._encode(packet, self.message_id, args))
+
     def flush_waiting(self) -> None:
-        """Send what `notify_later` left."""
+        """Send what `notify_later` and `answer_later` left."""
         if self._waits:
             self._waits = False
             self.transport.flush_soon()

@@ -296,7 +296,19 @@ class Transactions:
             self._begins.append((conn.defer(), tid))
             return
         assert conn.node is not None
-        conn.answer(AnswerBeginTransaction, self._begin(conn.node, tid))
+        ttid = self._begin(conn.node, tid)
+        former = self.queue[-1] if self.queue else None
+        if (
+            former is not None
+            and former.client is conn.node
+            and former.since == self.runtime.monotonic()
+        ):
+            # Begun ahead, along with the end of the former one, before which nobody
+            # needs it; and to wake the client now takes time from the storages.
+            conn.answer_later(AnswerBeginTransaction, ttid)
+            self._tell_soon()
+        else:
+            conn.answer(AnswerBeginTransaction, ttid)
 
     def _awaits_storages(self) -> bool:
         """Is a storage starting that clients would have to write to?"""
@@ -650,9 +662,14 @@ class Transactions:
                 conn.notify_encoded(InvalidateObjects, tail, tid, oids)
             else:
                 conn.notify_later(InvalidateObjects, tail, tid, oids)
-        if not (is_urgent or self._telling):
+        if not is_urgent:
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        """Send in TOGETHER what clients are told without hurry."""
+        if not self._telling:
             self._telling = True
-            self.master.runtime.call_later(TOGETHER, self._tell)
+            self.runtime.call_later(TOGETHER, self._tell)
 
     def _tell(self) -> None:
         self._telling = False

@@ -417,8 +417,9 @@ class Together(ClientHandler):
         pending = self.pending
         for start in range(0, len(stores), STORES):
             some = stores[start : start + STORES]
-            if len(some) > 1:
-                oids = [oid for _, _, _, oid, _, _ in some]
+            recent = pending.recent
+            oids = [oid for _, _, _, oid, _, _ in some if oid not in recent]
+            if len(oids) > 1:
                 pending.applied = self.backend.last_tids_of(oids)
             for conn, msg_id, ttid, oid, serial, write in some:
                 if conn.closed:

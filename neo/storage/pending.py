@@ -21,6 +21,8 @@ from .writer import Writer
 
 # Reads of one peer that wait.
 READS_MAX = 10_000
+# Objects whose last tid is remembered, once it is applied.
+RECENT = 10_000
 
 
 class Pending:
@@ -35,6 +37,10 @@ class Pending:
         self._unapplied: dict[Tid, Transaction] = {}  # by ttid, in order of their locks
         self.by_oid: dict[Oid, list[Transaction]] = {}
         self.applied: dict[Oid, Tid | None] = {}  # last tids in the database, of now
+        # Last tids in the database of what was applied lately: what is modified again
+        # and again, by whom waits for the answer, needs no look into the database,
+        # whose pages the other connection has just changed.
+        self.recent: dict[Oid, Tid] = {}
         self._reads: dict[Connection, int] = {}
 
     def __contains__(self, ttid: Tid) -> bool:
@@ -54,17 +60,24 @@ class Pending:
     def remove(self, transaction: Transaction) -> None:
         """The database shows a transaction."""
         del self._unapplied[transaction.ttid]
+        assert transaction.tid is not None
+        recent = self.recent
+        if len(recent) > RECENT:
+            recent.clear()
         for oid in transaction.writes:
             users = self.by_oid[oid]
             users.remove(transaction)
             if not users:
                 del self.by_oid[oid]
+            recent[oid] = transaction.tid
 
     def last_tid_of(self, oid: Oid) -> Tid | None:
         """Tid of the last committed revision, applied or not."""
         for transaction in reversed(self.by_oid.get(oid, ())):
             if transaction.state == UNLOCKED:
                 return transaction.tid
+        if (tid := self.recent.get(oid)) is not None:
+            return tid
         if oid in self.applied:
             return self.applied[oid]
         return self._backend.last_tid_of(oid)

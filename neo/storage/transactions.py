@@ -709,6 +709,7 @@ class Transactions:
 
     def access_changed(self, partitions: Iterable[int]) -> None:
         """`access` changed: drop what was lost, serve who waited for no lock."""
+        self.pending.recent.clear()  # replication wrote, too
         changed = set(partitions)
         lost = {p for p in changed if self.access[p] == ABSENT}
         if lost:

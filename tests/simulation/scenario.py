@@ -47,6 +47,7 @@ TUNABLES: dict[str, tuple[int | float, ...]] = {
     "neo.storage.transactions:MEMORY_OF_TRANSACTION": (10, 200),
     "neo.storage.transactions:MEMORY": (100, 1000),
     "neo.storage.transactions:RESERVATION": (0.001, 0.02, 5.0),
+    "neo.storage.pending:RECENT": (0, 3),
     "neo.storage.operation:DROP_SLICE": (1, 10),
     "neo.storage.initialization:TRUNCATION_SLICE": (1, 10),
     "neo.storage.peers:SLICE": (1,),

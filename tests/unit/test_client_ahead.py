@@ -94,6 +94,16 @@ def test_row_of_commits(world: World) -> None:
     assert world.asked() == []
 
 
+def test_begin_while_another_thread_finishes(world: World) -> None:
+    """What is answered with the end of that is left to who needs it then."""
+    world.row()
+    assert world.ahead.take() is None
+    world.answer()
+    answer = world.ahead.take()
+    assert answer is not None
+    assert answer.value == (TTID,)
+
+
 def test_late_begin_asks(world: World) -> None:
     """An idle client must hear the news before it stores."""
     world.row()

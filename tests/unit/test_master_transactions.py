@@ -140,6 +140,35 @@ def test_many_clients_are_told_of_several_commits_at_once(
     assert [tid for tid, _ in first.of("InvalidateObjects")] == tids
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_begun_along_with_a_finish(
+    monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    """The answer comes with the end, unless that takes long."""
+    monkeypatch.setattr(transactions, "TOGETHER", 0.5)
+    world = cluster(1, replicas=0)
+    client = world.client("C1")
+    ttid = begin(world, client)
+    storage = world.storage("S1")
+    storage.hold.add("AskLockInformation")
+    outcome = finish(world, client, ttid, 1)
+    ahead = world.ask(client, AskBeginTransaction, None)
+    world.settle(0.4)
+    assert not outcome.over
+    assert not ahead.over
+    if is_slow:
+        world.settle(0.4)
+        assert ahead.over
+    storage.release("AskLockInformation")
+    world.until(lambda: outcome.over)
+    assert ahead.over
+    # One that comes later is not held back.
+    storage.hold.add("AskLockInformation")
+    finish(world, client, begin(world, client), 1)
+    world.settle(0.1)
+    begin(world, client)
+
+
 def test_only_concerned_storages_take_part() -> None:
     """Scenario 73: a storage whose object was only checked does."""
     world = cluster(replicas=0)

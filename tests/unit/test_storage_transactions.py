@@ -693,6 +693,38 @@ def test_cell_not_here() -> None:
     assert c.load(ODD)[0] == ErrorCode.NON_READABLE_CELL
 
 
+def test_last_tids_are_remembered(
+    patient: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not beyond a change of the table: who replicates gets more than it was told."""
+    h = patient
+    monkeypatch.setattr(pending, "RECENT", 1)
+    looked_for: list[bytes] = []
+    last_tid_of = h.backend.last_tid_of
+
+    def looking(oid: bytes) -> bytes | None:
+        looked_for.append(oid)
+        return last_tid_of(oid)
+
+    monkeypatch.setattr(h.backend, "last_tid_of", looking)
+    c = h.client()
+    for ttid, oids in ((T1, (A, B)), (T2, (C,))):
+        c.commit(ttid, ttid, dict.fromkeys(oids, b"x"))
+        h.advance(99)
+        looked_for.clear()
+        for oid in oids:
+            c.store(T5, oid, b"y")
+            conflict(c, ttid)
+        assert not looked_for
+    c.store(T5, A, b"y")
+    conflict(c, T1)
+    assert looked_for == [A]
+    h.change_table(2, (1, 1, OUT), (1, 2, UP))
+    c.store(T5, C, b"y")
+    conflict(c, T2)
+    assert looked_for == [A, C]
+
+
 def test_blind_writes_of_an_outdated_cell() -> None:
     h = Harness()
     h.operate((((1, UP),), ((1, OUT), (2, UP))))
