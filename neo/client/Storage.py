@@ -582,7 +582,8 @@ class Storage(BaseStorage, ConflictResolvingStorage, fork.Forkable):
         """See IMultiCommitStorage; the oids of resolved conflicts."""
         txn = self._transaction_of(transaction)
         while not txn.voted:
-            self._resolve(txn)
+            if txn.conflicts or txn.locked:
+                self._resolve(txn)
             with self._runtime:
                 if not txn.vote_early() and txn.wait_stores():
                     txn.vote()
