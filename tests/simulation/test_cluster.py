@@ -181,6 +181,7 @@ def test_lost_disk_is_replicated_again() -> None:
     world.commits(10)
     world.sim.run_until(lambda: world.cluster.healthy, 20)
     world.cluster.crash("s1")
+    world.sim.run(0.1)  # what it said before arrives, and is true
     world.cluster.disks["s1"].erase()
     world.commits(10)
     world.sim.restart("s1")

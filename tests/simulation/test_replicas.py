@@ -350,6 +350,7 @@ def test_lost_disk_is_replaced() -> None:
     world.commits(20)
     old = nid_of(world, "s1")
     world.cluster.crash("s1", power=True)
+    world.sim.run(0.1)  # what it said before arrives, and is true
     world.cluster.disks["s1"].erase()
     world.commits(20)
     world.sim.restart("s1")
