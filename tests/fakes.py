@@ -12,7 +12,7 @@ from typing import Any
 
 from msgpack import ExtType
 
-from neo.lib.codec import Decoder, Message, pack
+from neo.lib.codec import Decoder, pack
 from neo.lib.connection import LIMIT, Connection
 from neo.lib.handler import Handler
 from neo.lib.logger import Logger
@@ -159,9 +159,9 @@ def output(conn: Connection) -> bytes:
     return data
 
 
-def messages(conn: Connection) -> list[Message]:
+def messages(conn: Connection) -> list[tuple[int, int, tuple]]:
     """Take what would be sent, decoded."""
-    return list(Decoder(LIMIT).feed(output(conn)))
+    return [message[:3] for message in Decoder(LIMIT).feed(output(conn))]
 
 
 def feed(conn: Connection, msg_id: int, packet: Packet[...], *args: object) -> None:

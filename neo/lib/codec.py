@@ -9,7 +9,8 @@ from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
 
 from .protocol import Error, decode_extension, shorten
 
-Message = tuple[int, int, tuple[Any, ...]]
+# Id, code, arguments; the bytes of all that, unless they came in pieces.
+Message = tuple[int, int, tuple[Any, ...], bytes | None]
 
 # Stands for nil, which an Error may have as id: neoppod complains so of a response that
 # it did not expect, if it got nothing else before (protocol 6.3). Never sent.
@@ -78,7 +79,7 @@ class Decoder:
         if self._alone and not self._size and len(data) <= _ALONE_MAX:
             # A conversation is one message at a time: a fifth of the time of a stream.
             try:
-                return (_checked(unpackb(data, **_OPTIONS)),)
+                return (_checked(unpackb(data, **_OPTIONS), data),)
             except HOSTILE:
                 self._alone = False  # more than one, less than one, or worse
         return self._stream(data)
@@ -91,13 +92,16 @@ class Decoder:
             return
         fast = self._fast
         fast.feed(data)
+        before = self._size - len(data)
         number = 0
         try:
             while True:
                 message = fast.unpack()
-                self._start = fast.tell() - self._fed
+                start, self._start = self._start, fast.tell() - self._fed
                 number += 1
-                yield _checked(message)
+                in_data = start >= before
+                whole = data[start - before : self._start - before] if in_data else None
+                yield _checked(message, whole)
         except OutOfData:
             pass
         except Malformed:
@@ -117,6 +121,19 @@ class Decoder:
             self._size = self._start = 0
         elif self._size - self._start > self.limit:
             raise Malformed(f"message larger than {self.limit} bytes")
+        else:
+            self._forget_decoded()
+
+    def _forget_decoded(self) -> None:
+        """Keep only chunks since the start of the incomplete message."""
+        chunks, number, size = self._chunks, 0, 0
+        while size + len(chunks[number]) <= self._start:
+            size += len(chunks[number])
+            number += 1
+        del chunks[:number]
+        self._fed += size
+        self._start -= size
+        self._size -= size
 
     def _slow(self) -> Iterator[Message]:
         """Find where messages end before any of their arrays is allocated."""
@@ -148,7 +165,7 @@ class Decoder:
                 except HOSTILE as error:
                     raise Malformed(f"{type(error).__name__}: {error}") from None
                 start = end
-                yield _checked(message)
+                yield _checked(message, None)
             self._scanned += start
             self._chunks = [data[start:]]
             self._size = len(data) - start
@@ -161,8 +178,8 @@ class Decoder:
             raise Malformed(f"message larger than {self.limit} bytes")
 
 
-def _checked(message: Any) -> Message:
-    """`message` if it is [id, code, arguments]."""
+def _checked(message: Any, data: bytes | None) -> Message:
+    """A message of these bytes, if it is [id, code, arguments]."""
     if type(message) is tuple and len(message) == 3:
         msg_id, code, args = message
         if (
@@ -171,7 +188,7 @@ def _checked(message: Any) -> Message:
             and type(args) is tuple
             and 0 <= msg_id <= 0xFFFFFFFF
         ):
-            return message
+            return msg_id, code, args, data
         if msg_id is None and code == _ERROR and type(args) is tuple:
-            return NO_ID, code, args
+            return NO_ID, code, args, data
     raise Malformed(f"not a packet: {shorten(message)}")

@@ -180,7 +180,7 @@ class Connection:
     def _encode(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> bytes:
         data: bytes = pack((msg_id, packet.code, args))
         if self.log.tracing:
-            self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
+            self.log.message(True, self._peer, msg_id, packet.code, data)
         return data
 
     def _write(self, data: bytes) -> None:
@@ -223,20 +223,16 @@ class Connection:
         if not self.closed:
             self.send(packet, self._new_id(), args)
 
-    def notify_encoded(
-        self, packet: Packet[P], tail: bytes, *args: P.args, **_: P.kwargs
-    ) -> None:
+    def notify_encoded(self, packet: Packet[...], tail: bytes) -> None:
         """As `notify`, with what `encode_tail` made: once for many peers."""
         if not self.closed:
-            self._write(self._notification(packet, tail, args))
+            self._write(self._notification(packet, tail))
 
-    def notify_later(
-        self, packet: Packet[P], tail: bytes, *args: P.args, **_: P.kwargs
-    ) -> None:
+    def notify_later(self, packet: Packet[...], tail: bytes) -> None:
         """As `notify_encoded`, but sent with what follows, or by `flush_waiting`."""
         if not (self.closed or self._full):
             self._waits = self._waits or not self.out
-            self._queue(self._notification(packet, tail, args))
+            self._queue(self._notification(packet, tail))
 
     def answer_later(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
         """As `answer`, but sent with what follows, or by `flush_waiting`."""
@@ -250,13 +246,11 @@ class Connection:
             self._waits = False
             self.transport.flush_soon()
 
-    def _notification(
-        self, packet: Packet[...], tail: bytes, args: tuple[Any, ...]
-    ) -> bytes:
+    def _notification(self, packet: Packet[...], tail: bytes) -> bytes:
         msg_id = self._new_id()
         data: bytes = b"\x93" + pack(msg_id) + tail
         if self.log.tracing:
-            self.log.packet(True, self._peer, msg_id, packet.code, args, len(data))
+            self.log.message(True, self._peer, msg_id, packet.code, data)
         return data
 
     def answer(self, packet: Packet[P], *args: P.args, **_: P.kwargs) -> None:
@@ -429,11 +423,11 @@ class Connection:
             if not data:
                 return
         try:
-            for msg_id, code, args in self._decoder.feed(data):
+            for message in self._decoder.feed(data):
                 if self._paused is not None:
-                    self._paused.append((msg_id, code, args))
+                    self._paused.append(message)
                 else:
-                    self._dispatch(msg_id, code, args)
+                    self._dispatch(*message)
                     if self.out_size > EAGER:
                         self.transport.flush()
         except Malformed as error:
@@ -474,14 +468,19 @@ class Connection:
         self.close(text)
         return b""
 
-    def _dispatch(self, msg_id: int, code: int, args: tuple[Any, ...]) -> None:
+    def _dispatch(
+        self, msg_id: int, code: int, args: tuple[Any, ...], data: bytes | None
+    ) -> None:
         packet = BY_CODE.get(code)
         if packet is None:
             raise Malformed(f"unknown packet code {code:#x}")
         if self.closed:
             return
         if self.log.tracing:
-            self.log.packet(False, self._peer, msg_id, code, args, 0)
+            if data is None:
+                self.log.packet(False, self._peer, msg_id, code, args)
+            else:
+                self.log.message(False, self._peer, msg_id, code, data)
         self.packets_received += 1
         self.message_id = msg_id
         try:

@@ -39,7 +39,7 @@ from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
 from types import NoneType
 from typing import Any, NamedTuple, TextIO
 
-from msgpack import packb
+from msgpack import Unpacker, packb
 
 from .exception import ConfigurationError
 from .protocol import (
@@ -54,6 +54,7 @@ from .protocol import (
 
 LIMIT = 1 << 24  # bytes
 OVERHEAD = 1160  # bytes, measured: what an entry costs besides its text or body
+HEADER_MAX = 23  # bytes of a message before its arguments
 BUSY_TIMEOUT_S = 0.25  # a reader may delay a flush (hence the node) that long
 RETRY_S = 1.0  # between two automatic attempts to write a file that fails
 THROTTLE_S = 60.0
@@ -76,8 +77,8 @@ class Record(NamedTuple):
 
 
 # A packet in the ring: (date, node, outgoing, peer, msg_id, code, body, size), the body
-# being the arguments by reference, or their msgpack, or None if it is not kept. A plain
-# tuple because making a NamedTuple is 6 times as slow.
+# being the bytes of the message, or its arguments by reference, or None if it is not
+# kept. A plain tuple because making a NamedTuple is 6 times as slow.
 PacketEntry = tuple[
     float, Node | None, bool, object, int, int, "tuple[Any, ...] | bytes | None", int
 ]
@@ -210,6 +211,19 @@ class Logger:
             if level >= WARNING and not self._hurry:
                 self.flush()
 
+    def message(
+        self, outgoing: bool, peer: object, msg_id: int, code: int, data: bytes
+    ) -> None:
+        """Keep a packet as it is on the wire; call it if `tracing` only.
+
+        `peer`: its text, made when the ring is written, is `S1 (127.0.0.1:10000)`.
+        """
+        size, body = len(data), data
+        if size > self._max_packet:
+            size, body = 0, None  # type: ignore[assignment]
+        size += OVERHEAD
+        self._add((self._clock(), self._node, outgoing, peer, msg_id, code, body, size))
+
     def packet(
         self,
         outgoing: bool,
@@ -217,22 +231,17 @@ class Logger:
         msg_id: int,
         code: int,
         args: tuple[Any, ...],
-        size: int,
     ) -> None:
-        """Keep a packet; call it if `tracing` only.
-
-        `peer`: its text, made when the ring is written, is `S1 (127.0.0.1:10000)`;
-        `size`: bytes on the wire, 0 if the caller does not know.
-        """
+        """As `message`, where its bytes are not at hand."""
         body: tuple[Any, ...] | bytes | None = args
-        if not FLAT.issuperset(map(type, args)):
-            body = pack(args) if size <= self._max_packet else None
-            size = len(body or b"")
-        elif not size:
+        if FLAT.issuperset(map(type, args)):
             size = sum(map(_length, args))
+        else:
+            body = pack((msg_id, code, args))
+            size = len(body or b"")
         if size > self._max_packet:
-            body = None
-        size = OVERHEAD + (0 if body is None else size)
+            size, body = 0, None
+        size += OVERHEAD
         self._add((self._clock(), self._node, outgoing, peer, msg_id, code, body, size))
 
     def _add(self, entry: Record | PacketEntry) -> None:
@@ -359,13 +368,23 @@ class Logger:
 # --- texts ----------------------------------------------------------------------
 
 
-def pack(args: tuple[Any, ...]) -> bytes | None:
-    """Body of a packet as it is stored; None if it cannot be encoded."""
+def pack(value: tuple[Any, ...]) -> bytes | None:
+    """A packet, or its arguments as they are stored; None if it cannot be encoded."""
     try:
-        body: bytes = packb(args, default=list)
+        data: bytes = packb(value, default=list)
     except (TypeError, ValueError, OverflowError):
         return None
-    return body
+    return data
+
+
+def arguments(message: bytes) -> bytes:
+    """The third part of [id, code, arguments], not decoded."""
+    reader = Unpacker()
+    reader.feed(message[:HEADER_MAX])
+    reader.read_array_header()
+    reader.skip()
+    reader.skip()
+    return message[reader.tell() :]
 
 
 def format_message(message: str, args: tuple[object, ...]) -> str:
@@ -591,8 +610,8 @@ class LogFile:
         date, node, outgoing, _, msg_id, code, body, _ = entry
         if not self._knows_protocol:
             self._write_protocol(db, date)
-        if isinstance(body, tuple):
-            body = pack(body)
+        if body is not None:
+            body = pack(body) if isinstance(body, tuple) else arguments(body)
         sign = ">" if outgoing else "<"
         row = self._row(db, node), msg_id, code, f"{sign} {peer}", body
         self._insert(db, INSERT_PACKET, date, row)

@@ -267,7 +267,7 @@ class Master:
     def tell_nodes(self, nodes: Sequence[Node], but: Node | None = None) -> None:
         """Say to all (`but` one) that these nodes changed."""
         timestamp = self.timestamp()
-        encoded: dict[NodeType, tuple[list[NodeRow], bytes]] = {}
+        encoded: dict[NodeType, bytes | None] = {}
         for receiver in self.nodes.identified():
             if receiver is but:
                 continue
@@ -280,14 +280,13 @@ class Master:
             if kind not in encoded:
                 rows = self.told_about(receiver, nodes)
                 encoded[kind] = (
-                    rows,
-                    encode_tail(NotifyNodeInformation, timestamp, rows),
+                    encode_tail(NotifyNodeInformation, timestamp, rows)
+                    if rows
+                    else None
                 )
-            rows, tail = encoded[kind]
-            if rows:
-                receiver.connection.notify_encoded(
-                    NotifyNodeInformation, tail, timestamp, rows
-                )
+            tail = encoded[kind]
+            if tail is not None:
+                receiver.connection.notify_encoded(NotifyNodeInformation, tail)
 
     def tell_itself(self, node: Node, state: NodeState) -> None:
         """Say to a node what became of it: DOWN and UNKNOWN make it exit."""
@@ -313,7 +312,7 @@ class Master:
         tail = encode_tail(NotifyClusterInformation, state)
         for node in self.nodes.identified():
             if node not in self.transactions.backups:  # they don't expect it
-                node.connection.notify_encoded(NotifyClusterInformation, tail, state)
+                node.connection.notify_encoded(NotifyClusterInformation, tail)
 
     def disconnect(self, node: Node, reason: str) -> None:
         """Close a connection after what is queued, without handling its loss."""
@@ -392,9 +391,7 @@ class Master:
         rows = pt.as_rows()
         tail = encode_tail(SendPartitionTable, pt.ptid, pt.replicas, rows)
         for node in self.nodes.identified(*kinds):
-            node.connection.notify_encoded(
-                SendPartitionTable, tail, pt.ptid, pt.replicas, rows
-            )
+            node.connection.notify_encoded(SendPartitionTable, tail)
 
     def change_table(
         self,
@@ -434,9 +431,7 @@ class Master:
                     node.extra.pop("spare", None)
         tail = encode_tail(NotifyPartitionChanges, ptid, replicas, cells)
         for node in self.nodes.identified(*kinds):
-            node.connection.notify_encoded(
-                NotifyPartitionChanges, tail, ptid, replicas, cells
-            )
+            node.connection.notify_encoded(NotifyPartitionChanges, tail)
         self.primary.table_changed()
         if complete and not self._complete():
             self.log.warning("partition table %d: some cells are out of date", ptid)

@@ -519,7 +519,7 @@ class Transactions:
         if told:
             tail = encode_tail(AbortTransaction, transaction.ttid, ())
             for conn in told:
-                conn.notify_encoded(AbortTransaction, tail, transaction.ttid, ())
+                conn.notify_encoded(AbortTransaction, tail)
         for reply in transaction.asking:
             reply.answer(AnswerFinalTID, None)
 
@@ -659,9 +659,9 @@ class Transactions:
             if node is author:
                 continue
             if is_urgent:
-                conn.notify_encoded(InvalidateObjects, tail, tid, oids)
+                conn.notify_encoded(InvalidateObjects, tail)
             else:
-                conn.notify_later(InvalidateObjects, tail, tid, oids)
+                conn.notify_later(InvalidateObjects, tail)
         if not is_urgent:
             self._tell_soon()
 
@@ -689,7 +689,7 @@ class Transactions:
             conn.notify(InvalidatePartitions, tid, transaction.partitions)
         tail = encode_tail(NotifyUnlockInformation, ttid)
         for conn in transaction.involved.values():
-            conn.notify_encoded(NotifyUnlockInformation, tail, ttid)
+            conn.notify_encoded(NotifyUnlockInformation, tail)
         if self.last_tid == ZERO_TID:
             self.first_tid = tid
         self.last_tid = tid

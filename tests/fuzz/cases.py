@@ -120,7 +120,7 @@ def fits(packet: Packet, i: int, value: Any) -> bool:
     good = valid(packet, Random(0))
     args = [*good[:i], value, *good[i + 1 :]]
     try:
-        ((_, _, decoded),) = Decoder(1 << 20).feed(message(packet.code, args))
+        ((_, _, decoded, _),) = Decoder(1 << 20).feed(message(packet.code, args))
     except ValueError:
         return False
     return packet.valid(decoded)

@@ -314,7 +314,7 @@ class Peer:
         """What the node sent and was not looked at yet."""
         out, self.conn.out = self.conn.out, []
         self.conn.out_size = 0
-        for msg_id, code, args in self.decoder.feed(b"".join(out)):
+        for msg_id, code, args, _ in self.decoder.feed(b"".join(out)):
             assert BY_CODE[code].valid(args), BY_CODE[code].explain(args)
             self.queue.append((BY_CODE[code], msg_id, args))
         result, self.queue = self.queue, []

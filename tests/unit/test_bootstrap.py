@@ -63,7 +63,7 @@ class World:
         conn.established()
         conn.receive(HANDSHAKE)
         data = output(conn)
-        ((msg_id, code, args),) = Decoder(1 << 16).feed(data[len(HANDSHAKE) :])
+        ((msg_id, code, args, _),) = Decoder(1 << 16).feed(data[len(HANDSHAKE) :])
         assert (msg_id, code) == (0, RequestIdentification.code)
         assert args == IDENTITY
         return conn

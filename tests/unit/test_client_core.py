@@ -77,7 +77,7 @@ class Transport:
         if not self.greeted:
             self.greeted = True
             data = data[len(HANDSHAKE) :]
-        for msg_id, code, args in self.decoder.feed(data):
+        for msg_id, code, args, _ in self.decoder.feed(data):
             self.runtime.requests.append((self, msg_id, BY_CODE[code].name, args))
 
     def say(self, name: str, *args: Any, msg_id: int | None = None) -> None:

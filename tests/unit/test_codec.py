@@ -37,6 +37,16 @@ messages = st.tuples(
 )
 
 
+def decoded(decoder: Decoder, data: bytes) -> list[tuple[int, int, tuple]]:
+    """What `data` completes; the bytes of each, if they are told, are right."""
+    found = []
+    for *message, whole in decoder.feed(data):
+        found.append(tuple(message))
+        if whole is not None:
+            assert list(Decoder(LIMIT).feed(whole)) == [(*message, whole)]
+    return found
+
+
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     bounds = [0, *sorted(p % (len(data) + 1) for p in places), len(data)]
     return [data[a:b] for a, b in pairwise(bounds)]
@@ -47,7 +57,7 @@ def test_any_fragmentation(sent: list[tuple], places: list[int]) -> None:
     decoder = Decoder(LIMIT)
     received = []
     for piece in cut(b"".join(map(pack, sent)), places):
-        received += decoder.feed(piece)
+        received += decoded(decoder, piece)
     assert received == sent
     assert decoder._size == 0
 
@@ -57,7 +67,7 @@ def test_recorded_stream_in_any_fragmentation(places: list[int]) -> None:
     decoder = Decoder(LIMIT)
     received = []
     for piece in cut(b"".join(STREAM), places):
-        received += decoder.feed(piece)
+        received += decoded(decoder, piece)
     assert [pack(m) for m in received] == STREAM
 
 
@@ -74,7 +84,7 @@ def test_big_arrays_and_maps(places: list[int], sizes: list[int]) -> None:
     decoder = Decoder(LIMIT)
     received = []
     for piece in cut(b"".join(map(pack, sent)), places):
-        received += decoder.feed(piece)
+        received += decoded(decoder, piece)
     assert received == sent
     assert decoder._size == 0
 
@@ -82,8 +92,8 @@ def test_big_arrays_and_maps(places: list[int], sizes: list[int]) -> None:
 def test_other_encodings_are_accepted() -> None:
     """What no encoder of ours makes, but the format allows."""
     long_form = b"\xdd\0\0\0\3\xcf" + bytes(7) + b"\5\xd1\0\2\xdc\0\1\xc6\0\0\0\1x"
-    assert list(Decoder(LIMIT).feed(long_form)) == [(5, 2, (b"x",))]
-    assert list(Decoder(LIMIT).feed(b"\x93\0\1\x92\xca\0\0\0\0\xd4\4\2")) == [
+    assert list(Decoder(LIMIT).feed(long_form)) == [(5, 2, (b"x",), long_form)]
+    assert decoded(Decoder(LIMIT), b"\x93\0\1\x92\xca\0\0\0\0\xd4\4\2") == [
         (0, 1, (0.0, NodeType.CLIENT))
     ]
 
@@ -173,6 +183,20 @@ def test_limit_is_about_one_message() -> None:
         list(decoder.feed(pack((0, 1, (bytes(1100),)))[:-1]))
 
 
+def test_what_was_decoded_is_forgotten() -> None:
+    """Although the stream is never cut where a message ends."""
+    stream = b"".join(pack((i, 1, (bytes(90),))) for i in range(1000))
+    decoder = Decoder(LIMIT)
+    count, whole = 0, 0
+    for start in range(0, len(stream), 250):
+        for *_, data in decoder.feed(stream[start : start + 250]):
+            count += 1
+            whole += data is not None
+        assert sum(map(len, decoder._chunks)) <= 2 * 250
+    assert (count, decoder.incomplete) == (1000, 0)
+    assert 500 < whole < 700  # the others came in pieces
+
+
 def test_complete_big_message_passes_a_raised_limit() -> None:
     decoder = Decoder(1 << 16)
     decoder.limit = 256 << 20
@@ -180,7 +204,7 @@ def test_complete_big_message_passes_a_raised_limit() -> None:
     data = pack(message)
     received = []
     for start in range(0, len(data), 65536):
-        received += decoder.feed(data[start : start + 65536])
+        received += decoded(decoder, data[start : start + 65536])
     assert received == [message]
 
 
@@ -189,7 +213,7 @@ def test_noise(data: bytes) -> None:
     """Messages, or Malformed, and nothing else."""
     decoder = Decoder(LIMIT)
     try:
-        for msg_id, code, args in decoder.feed(data):
+        for msg_id, code, args, _ in decoder.feed(data):
             assert 0 <= msg_id <= 0xFFFFFFFF or code == Error.code
             assert isinstance(code, int)
             assert isinstance(args, tuple)
@@ -214,4 +238,4 @@ def test_error_without_id(big: bool) -> None:
     """Of a peer that cannot tell which answer it did not expect."""
     args = (int(ErrorCode.PROTOCOL_ERROR), b"why?", *([(0,) * 5000] if big else []))
     data = packb([None, Error.code, args])
-    assert list(Decoder(LIMIT).feed(data)) == [(NO_ID, Error.code, args)]
+    assert list(Decoder(LIMIT).feed(data)) == [(NO_ID, Error.code, args, data)]

@@ -114,7 +114,7 @@ def test_ids_are_consecutive_and_wrap() -> None:
     conn.notify(NotifyReady)
     conn.ask(Ping)
     conn.notify_encoded(
-        NotifyUnlockInformation, encode_tail(NotifyUnlockInformation, TID), TID
+        NotifyUnlockInformation, encode_tail(NotifyUnlockInformation, TID)
     )
     assert messages(conn) == [
         (0xFFFFFFFE, Ping.code, ()),

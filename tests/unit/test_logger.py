@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from msgpack import unpackb
 
 from neo.lib import logger as module
+from neo.lib.codec import pack
 from neo.lib.exception import ConfigurationError
 from neo.lib.logger import OVERHEAD, Logger, install_signals
 from neo.lib.protocol import BY_CODE, AskObject, ClusterState, NodeState
@@ -78,8 +79,9 @@ def messages(path: str) -> list[str]:
     return [message for (message,) in rows(path, "SELECT msg FROM log ORDER BY date")]
 
 
-def ask_object(logger: Logger, peer: object = PEER, size: int = 30) -> None:
-    logger.packet(True, peer, 7, AskObject.code, (OID, None, TID), size)
+def ask_object(logger: Logger, peer: object = PEER) -> None:
+    data = pack((7, AskObject.code, (OID, None, TID)))
+    logger.message(True, peer, 7, AskObject.code, data)
 
 
 # --- file ---------------------------------------------------------------------
@@ -122,7 +124,7 @@ def test_rows(path: str, clock: Clock) -> None:
     clock.now += 1
     ask_object(logger)
     args = ClusterState.RUNNING, [(1, NodeState.DOWN)]
-    logger.packet(False, None, 8, 0x802E, args, 20)
+    logger.packet(False, None, 8, 0x802E, args)
     logger.close()
     assert rows(path, "SELECT * FROM node") == [
         (0, None, "test", None),
@@ -185,7 +187,7 @@ def test_dates_are_unique(
         for i, (packet, step) in enumerate(entries):
             clock.now += step
             if packet:
-                logger.packet(True, PEER, i, 2, (), 3)
+                logger.packet(True, PEER, i, 2, ())
             else:
                 logger.info("%d", i)
         logger.close()
@@ -343,7 +345,7 @@ def test_text_is_made_late_and_once(path: str) -> None:
 
 def test_what_may_change_is_copied_at_once(path: str) -> None:
     logger, oids, text = Logger(path), [OID], ["a"]
-    logger.packet(True, PEER, 1, 0x16, (TID, oids), 25)
+    logger.packet(True, PEER, 1, 0x16, (TID, oids))
     logger.info("%s", text)
     oids.append(TID)
     text.append("b")
@@ -363,7 +365,7 @@ def test_mistakes_do_not_stop_the_node(path: str) -> None:
     logger.info("%s", Broken())
     logger.info("100%")
     logger.info("undecodable \udcff %s", "\udcfe")
-    logger.packet(True, "peer \udcff", 1, 2, (object(),), 3)
+    logger.packet(True, "peer \udcff", 1, 2, (object(),))
     logger.close()
     first, second, *others = messages(path)
     assert first.startswith("%d % (")
@@ -427,7 +429,7 @@ def test_ring_is_bounded(
     for i, size in enumerate(sizes):
         if i % 3:
             args = OID, TID, None, 0, b"", b"x" * size, None
-            logger.packet(True, PEER, i, 0x8020, args, size)
+            logger.packet(True, PEER, i, 0x8020, args)
         else:
             logger.info("%s%s", "é" * (size // 8), b"")
         assert logger._size == held(logger) <= limit
@@ -444,7 +446,7 @@ def test_big_packets_count_for_what_they_hold(path: str) -> None:
     """D21: the reference counts arguments instead of bytes."""
     logger = Logger(path)
     for _ in range(20):
-        logger.packet(True, PEER, 1, 0x1C, (OID, bytes(1 << 20)), (1 << 20) + 40)
+        logger.message(True, PEER, 1, 0x1C, pack((1, 0x1C, (OID, bytes(1 << 20)))))
     assert len(logger._ring) == 15
     logger.close()
 
@@ -454,7 +456,7 @@ def test_packets_of_unknown_size(path: str, args: tuple[Any, ...]) -> None:
     for keep, count in (None, 15), (1 << 20, 20):
         logger = Logger(path, max_packet=keep)
         for _ in range(20):
-            logger.packet(False, PEER, 1, 0x1C, args, 0)
+            logger.packet(False, PEER, 1, 0x1C, args)
         assert len(logger._ring) == count
         logger.close()
     bodies = rows(path, "SELECT count(*), count(body) FROM packet")
@@ -463,8 +465,10 @@ def test_packets_of_unknown_size(path: str, args: tuple[Any, ...]) -> None:
 
 def test_max_packet(path: str) -> None:
     logger = Logger(path, max_packet=100)
-    ask_object(logger, size=100)
-    ask_object(logger, size=101)
+    for size in 100, 101:
+        data = pack((1, AskObject.code, (bytes(size - 6),)))
+        assert len(data) == size
+        logger.message(True, PEER, 1, AskObject.code, data)
     assert held(logger) == 2 * OVERHEAD + 100
     logger.close()
     bodies = [body for (body,) in rows(path, "SELECT body FROM packet ORDER BY date")]

@@ -60,7 +60,7 @@ class Log:
     def packet(
         self, code: int, *args: Any, peer: str = "S1 (127.0.0.1:54758)", msg_id: int = 0
     ) -> None:
-        self.logger.packet(False, peer, msg_id, code, args, 9)
+        self.logger.packet(False, peer, msg_id, code, args)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def log(tmp_path: Path) -> Iterator[Log]:
     none = "None (127.0.0.1:54758)"
     args = NodeType.STORAGE, None, (b"127.0.0.1", 27111), b"test", None, {b"x": True}
     log.packet(1, *args, peer=none)
-    log.logger.packet(True, none, 0, 6, (1.5, NODES), 9)
+    log.logger.packet(True, none, 0, 6, (1.5, NODES))
     log.logger.debug("pt: S1 R %s\nsecond line", "UUUU")
     log.packet(0x8000, 6, b"bad t\xc3\xa9xt", msg_id=0x12345)
     client = "C1 ([::1]:40000)"

@@ -90,7 +90,7 @@ def test_source_of_a_replication() -> None:
         if packet["name"] not in ("AddTransaction", "AddObject"):
             continue
         decoded = list(Decoder(1 << 20).feed(bytes.fromhex(packet["hex"])))
-        _, _, args = decoded[0]
+        _, _, args, _ = decoded[0]
         if packet["name"] == "AddTransaction":
             tid, user, description, extension, packed, ttid, oids, _ = args
             backend.add_transaction(
@@ -102,7 +102,7 @@ def test_source_of_a_replication() -> None:
             backend.add_object(oid, tid, (checksum, data, compression), value_tid)
     backend.commit()
     identification = bytes.fromhex(packets[0]["hex"])
-    ((_, _, args),) = Decoder(1 << 20).feed(identification)
+    ((_, _, args, _),) = Decoder(1 << 20).feed(identification)
     h.tell_nodes((NodeType.STORAGE, args[2], 2, NodeState.RUNNING, args[4]))
     source = Replay(h.dial(), packets, "storage1>")
     while source.packets:

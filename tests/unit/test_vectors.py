@@ -46,12 +46,12 @@ def test_packet(vector: dict) -> None:
     packet = BY_CODE[vector["code"]]
     assert packet.name == vector["name"]
     assert vector["kind"] in (kind(packet.code), "answer")
-    ((msg_id, code, args),) = Decoder(1 << 20).feed(vector["data"])
+    ((msg_id, code, args, data),) = Decoder(1 << 20).feed(vector["data"])
     assert (msg_id, code) == (vector["id"], vector["code"])
     assert same(args, vector["args"])
     assert packet.valid(args), packet.explain(args)
     assert packet.explain(args).endswith("valid")
-    assert pack((msg_id, code, args)) == vector["data"]
+    assert pack((msg_id, code, args)) == vector["data"] == data
     assert b"\x93" + pack(msg_id) + encode_tail(packet, *args) == vector["data"]
 
 
@@ -97,7 +97,7 @@ def test_conversation(name: str, size: int) -> None:
             continue
         conn, peer = ends[src], ends[dst]
         packet = BY_CODE[line["code"]]
-        ((msg_id, _, args),) = Decoder(1 << 20).feed(line["data"])
+        ((msg_id, _, args, _),) = Decoder(1 << 20).feed(line["data"])
         if line["kind"] == "request":
             request = conn.ask(packet, *args)
             if packet.answer is Error:  # an acknowledgement goes nowhere else
@@ -136,3 +136,4 @@ def test_streams_of_a_conversation(name: str) -> None:
         stream = b"".join(line["data"] for line in mine)
         messages = list(Decoder(1 << 20).feed(stream))
         assert [(m[0], m[1]) for m in messages] == [(x["id"], x["code"]) for x in mine]
+        assert [m[3] for m in messages] == [line["data"] for line in mine]
