@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import signal
 from collections.abc import Iterator
 
@@ -25,6 +26,11 @@ settings.register_profile(
 )
 settings.load_profile("neo")
 
+
+# Of the processes that tests start. Now, because some suites replace the folder for
+# temporary files during a test; here, because no such process imports this module: what
+# it made would stay.
+multiprocessing.util.get_temp_dir()  # type: ignore[attr-defined]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # In the background of a shell; what the tests start must still obey Ctrl-C.

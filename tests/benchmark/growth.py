@@ -199,10 +199,10 @@ def clients(numbers: list[int]) -> Iterator[tuple[str, Metrics]]:
 DIMENSIONS: dict[
     str, tuple[Callable[[list[int]], Iterator[tuple[str, Metrics]]], list[int]]
 ] = {
-    "objects": (objects, [10_000, 100_000, 1_000_000]),
+    "objects": (objects, [10_000, 100_000, 1_000_000, 10_000_000]),
     "revisions": (histories, [20, 100, 1000]),
     "partitions": (partitions, [12, 100, 1000]),
-    "storages": (storages, [1, 2, 4, 8]),
+    "storages": (storages, [1, 2, 4, 8, 16]),
     "clients": (clients, [1, 10, 50, 200]),
 }
 

@@ -11,7 +11,6 @@ import functools
 import io
 import mmap
 import multiprocessing
-import multiprocessing.util
 import os
 import signal
 import socket
@@ -45,8 +44,6 @@ PATIENCE = 30.0  # seconds for what normally takes a few milliseconds
 
 context: ForkServerContext = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
-# Now, because some suites replace the folder for temporary files during a test.
-multiprocessing.util.get_temp_dir()  # type: ignore[attr-defined]
 
 
 def until(

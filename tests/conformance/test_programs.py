@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def test_blobs_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_blobs_are_refused(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Storing one fails; it is not lost."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a blob leaves its file
     db = ZODB.DB(BlobStorage(str(tmp_path / "blobs"), cluster.storage()))
     with pytest.raises(Unsupported), db.transaction() as connection:
         connection.root()["blob"] = Blob(b"content")
