@@ -44,6 +44,9 @@ LIMIT = 256 << 20
 EAGER = 4 << 10
 # Bytes per second of a message that is worth waiting for.
 SLOWEST = 1 << 16
+# Between two looks for silence, at least (s): the rest of a wait may be no more than
+# what was lost in its rounding, which never ends.
+SOON = 0.01
 
 _ERROR = Error.code
 _CLOSING = Closing()
@@ -385,7 +388,9 @@ class Connection:
                 return
             if ping_after <= silence < limit:
                 self.ask(Ping).then(lambda: None)
-            delay = limit - silence if ping_after <= silence < limit else ping_after
+            delay = ping_after
+            if ping_after <= silence < limit:
+                delay = max(limit - silence, SOON)
             due = now + delay
             self.runtime.call_later(delay, tick)
 

@@ -163,6 +163,8 @@ Oid = Annotated[bytes, Check("len(v) == 8")]
 Tid = Annotated[bytes, Check("len(v) == 8")]
 Hash = Annotated[bytes, Check("len(v) == 20")]
 UInt = Annotated[int, Check("0 <= v < 4294967296")]
+# Of a page: whatever means "all" to somebody; the receiver has its own maximum.
+Count = Annotated[int, Check("v >= 0")]
 Nid = Annotated[int, Check("-2147483648 <= v < 2147483648")]
 Ptid = Annotated[int, Check("0 < v < 9223372036854775808")]
 Compression = Annotated[int, Check("v == 0 or v == 1")]
@@ -607,7 +609,7 @@ def AnswerTIDs(tids: Sequence[Tid]) -> None:
 
 
 @packet(0x21, "C -> S", AnswerTIDs)
-def AskTIDs(first: UInt, last: UInt, partition: UInt) -> None:
+def AskTIDs(first: UInt, last: Count, partition: UInt) -> None:
     """Page [first, last) of descending tids; INVALID_PARTITION: all readable."""
 
 
@@ -634,7 +636,7 @@ def AnswerObjectHistory(oid: Oid, history: Sequence[tuple[Tid, UInt]]) -> None:
 
 
 @packet(0x23, "C -> S", AnswerObjectHistory)
-def AskObjectHistory(oid: Oid, first: UInt, last: UInt) -> None:
+def AskObjectHistory(oid: Oid, first: UInt, last: Count) -> None:
     """Page [first, last) of the revisions of an object."""
 
 
@@ -733,7 +735,7 @@ def AnswerTIDsFrom(tids: Sequence[Tid]) -> None:
 
 
 @packet(0x30, "C -> S", AnswerTIDsFrom)
-def AskTIDsFrom(min_tid: Tid, max_tid: Tid, length: UInt, partition: UInt) -> None:
+def AskTIDsFrom(min_tid: Tid, max_tid: Tid, length: Count, partition: UInt) -> None:
     """At most `length` tids of [min, max] of a partition."""
 
 
@@ -743,7 +745,7 @@ def AnswerOIDsFrom(next_oid: Oid | None, oids: Sequence[Oid]) -> None:
 
 
 @packet(0x31, "C -> S", AnswerOIDsFrom)
-def AskOIDsFrom(partition: UInt, length: UInt, min_oid: Oid, tid: Tid) -> None:
+def AskOIDsFrom(partition: UInt, length: Count, min_oid: Oid, tid: Tid) -> None:
     """Oids of a partition as of `tid`, from `min_oid`."""
 
 

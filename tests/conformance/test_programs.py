@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,22 @@ def test_blobs_are_refused(
         connection.root()["blob"] = Blob(b"content")
     with db.transaction() as connection:
         assert "blob" not in connection.root()
+    db.close()
+
+
+@pytest.mark.parametrize("number", [10**12, sys.maxsize])
+def test_all_of_a_list(cluster: Cluster, number: int) -> None:
+    """Who wants all asks for as many as there can't be."""
+    storage = cluster.storage()
+    db = ZODB.DB(storage)
+    for value in range(3):
+        with db.transaction() as connection:
+            connection.root()["n"] = value
+    oid = b"\0" * 8
+    assert len(storage.history(oid, size=number)) == 4
+    assert len(storage.history(oid, size=number, filter=lambda entry: True)) == 4
+    assert len(db.undoLog(0, number)) == 4
+    assert len(db.undoLog(0, number, lambda entry: True)) == 4
     db.close()
 
 

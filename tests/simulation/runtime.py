@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from neo.lib.codec import Decoder
 from neo.lib.connection import Connection
 from neo.lib.exception import BackendError
 from neo.lib.handler import Handler
@@ -97,6 +98,12 @@ class SimLogger:
     ) -> None:
         self.log(level, message, *args)
 
+    def message(
+        self, outgoing: bool, peer: object, msg_id: int, code: int, data: bytes
+    ) -> None:
+        ((*_, args, _),) = Decoder(len(data)).feed(data)
+        self.packet(outgoing, peer, msg_id, code, args)
+
     def packet(
         self,
         outgoing: bool,
@@ -104,7 +111,6 @@ class SimLogger:
         msg_id: int,
         code: int,
         args: tuple[Any, ...],
-        _size: int,
     ) -> None:
         packet = BY_CODE.get(code, code)
         self._process.sim.note(

@@ -20,6 +20,7 @@ from ZODB.POSException import ConflictError
 from neo.client.exception import NEOStorageUnknownOutcome
 from neo.client.Storage import Storage
 from neo.lib.config import Limits
+from neo.master.reputation import PERIOD
 from tests.history import CONFLICT, FAIL, OK, READ, Value, decode
 from tests.simulation.cluster import Cluster, Shape, transactions_of
 from tests.simulation.conftest import base_seed
@@ -161,9 +162,10 @@ class Scene:
 
     def audit(self) -> None:
         """Nothing is left, replicas are equal."""
-        self.sim.run_until(lambda: self.cluster.healthy, 60)
+        # A storage that clients could not reach twice is put aside for a minute.
+        self.sim.run_until(lambda: self.cluster.healthy, 2 * PERIOD)
         self.sim.run(3)
-        self.sim.run_until(lambda: self.cluster.healthy, 60)
+        self.sim.run_until(lambda: self.cluster.healthy, 2 * PERIOD)
         by_partition: dict[str, Any] = {}
         for cell, content in self.cluster.replicas().items():
             partition = cell.split("/")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from neo.lib.codec import pack
@@ -571,6 +573,21 @@ def test_silent_peer_is_pinged_then_closed() -> None:
     runtime.advance(4)
     assert conn.closed
     assert conn.reason == "silent"
+
+
+def test_silence_that_is_nearly_long_enough() -> None:
+    """By less than what a date can tell: it is not looked at again at the same time."""
+    runtime = FakeRuntime()
+    runtime.time = 9.0
+    conn = established(Handler(), runtime=runtime)
+    conn.watch_silence(3, 10)
+    runtime.advance(3)
+    conn.last_received = math.nextafter(9, 10)
+    messages(conn)
+    runtime.advance(7)  # 19 + (10 - (19 - last_received)) is 19
+    assert len(messages(conn)) == 1
+    runtime.advance(1)
+    assert conn.closed
 
 
 def test_time_in_which_the_process_did_not_run() -> None:
