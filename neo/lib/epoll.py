@@ -27,7 +27,14 @@ from .logger import Logger
 from .runtime import HeapTimer, T, Throttle
 from .spin import Processors, Spin
 from .tls import TLS
-from .transport import DRAIN, DRAINING_MAX, SocketTransport, new_socket
+from .transport import (
+    DRAIN,
+    DRAINING_MAX,
+    SocketTransport,
+    listen_local,
+    new_socket,
+    peer_of,
+)
 from .util import Address
 
 BACKLOG = 128
@@ -133,9 +140,12 @@ class Worker(threading.Thread):
 class EpollRuntime:
     """See `Runtime`. `run()` returns the exit status when `stop()` was called."""
 
-    def __init__(self, log: Logger, tls: TLS | None = None) -> None:
+    def __init__(
+        self, log: Logger, tls: TLS | None = None, tcp_only: bool = False
+    ) -> None:
         self.log = log
         self.tls = tls
+        self.tcp_only = tcp_only  # listen on no Unix socket
         self.rng = random.Random()
         self.poller = select.epoll()
         self._spin = Spin(Processors())
@@ -208,18 +218,28 @@ class EpollRuntime:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             sock.listen(BACKLOG)
-            sock.setblocking(False)
+            host, port = sock.getsockname()[:2]
+            local = None if self.tcp_only else listen_local((host, port))
         except OSError:
             sock.close()
             raise
+        self._listen(sock, accept)
+        if local is not None:
+            local.listen(BACKLOG)
+            self._listen(local, accept)
+        return host, port
+
+    def _listen(
+        self, sock: socket.socket, accept: Callable[[Connection], object]
+    ) -> None:
+        sock.setblocking(False)
         self._listeners.append((sock, accept))
         self.poller.register(sock, select.EPOLLIN)
         self.handlers[sock.fileno()] = lambda _: self._accept(sock, accept)
-        host, port = sock.getsockname()[:2]
-        return host, port
 
     def unlisten(self) -> None:
-        for sock, _ in self._listeners:
+        # The Unix socket first: who gets the port must get its name, too.
+        for sock, _ in reversed(self._listeners):
             del self.handlers[sock.fileno()]
             if sock not in self._suspended:
                 self.poller.unregister(sock)
@@ -370,7 +390,8 @@ class EpollRuntime:
                 self.call_later(ACCEPT_RETRY, self.accept_again)
                 return
             transport = EpollTransport(self, sock, server_side=True)
-            conn = Connection(self, transport, address[:2], Closing(), incoming=True)
+            peer = peer_of(sock, address)
+            conn = Connection(self, transport, peer, Closing(), incoming=True)
             transport.conn = conn
             accept(conn)
             if not conn.closed:

@@ -1,4 +1,8 @@
-"""One TCP socket, in clear or with TLS, that feeds a Connection.
+"""One socket, TCP or local, in clear or with TLS, that feeds a Connection.
+
+Who listens on a loopback address also listens on a Unix socket, whose abstract name is
+made of that address: a wake-up through it takes half the time (docs/performance.md).
+Who connects to a loopback address tries it first.
 
 Whoever polls sockets (the epoll loop of daemons, the threads of a client) calls
 `readable()` and `writable()`, and waits for what `wants_write` says. No method blocks.
@@ -12,11 +16,12 @@ import os
 import socket
 import ssl
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from struct import Struct
+from typing import TYPE_CHECKING, Any
 
 from .runtime import Transport
 from .tls import ALERT, CLIENT_HELLO, TLSStream, explain
-from .util import Address
+from .util import Address, format_address
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16  # bytes read at once
 DRAIN = 2.0  # seconds that a peer has to close, once all was sent to it
 DRAINING_MAX = 64  # connections of a process that wait for it
+_UCRED = Struct("3i")  # pid, uid, gid of a peer
 # With these, a peer whose machine vanished is noticed after about 90 s.
 KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 60),
@@ -32,9 +38,66 @@ KEEPALIVE = (
 )
 
 
+# Who listens on all addresses does so on this one of the loopback interface.
+_WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def local_name(address: Address) -> bytes | None:
+    """Name of the Unix socket that stands for a loopback address, else None.
+
+    No other address will do: who connects to another machine must not end up with what
+    a stranger made on this one.
+    """
+    host, port = address
+    if not (host.startswith("127.") or host == "::1"):
+        return None
+    return f"\0neo/{format_address((host, port))}".encode()
+
+
+def listen_local(address: Address) -> socket.socket | None:
+    """The Unix socket beside the listening address; OSError if it is taken."""
+    host, port = address
+    name = local_name((_WILDCARDS.get(host, host), port))
+    if name is None:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(name)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_local(address: Address) -> socket.socket | None:
+    """Connected to who listens on a loopback address of this machine, if it can be."""
+    name = local_name(address)
+    if name is None:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        sock.connect(name)
+    except OSError:  # not a node of ours, or busy: TCP tells
+        sock.close()
+        return None
+    return sock
+
+
+def peer_of(sock: socket.socket, address: Any) -> Address:
+    """Address of who was accepted; with a Unix socket, its process id as port."""
+    if sock.family != socket.AF_UNIX:
+        host, port = address[:2]
+        return host, port
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return "local", _UCRED.unpack(credentials)[0]
+
+
 def configure(sock: socket.socket) -> None:
     """Options of every connected socket."""
     sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
@@ -88,8 +151,17 @@ class SocketTransport(Transport):
 
     def connect(self, address: Address) -> None:
         """Start connecting; the outcome comes to `writable`."""
-        configure(self.sock)
         self.connecting = True
+        local = connect_local(address)
+        if local is not None:
+            # Others know the number of our descriptor.
+            os.dup2(local.fileno(), self.sock.detach(), inheritable=False)
+            local.close()
+            family, kind = socket.AF_UNIX, socket.SOCK_STREAM
+            self.sock = type(self.sock)(family, kind, fileno=self.fd)
+        configure(self.sock)
+        if local is not None:
+            return
         status = self.sock.connect_ex(address)
         if status not in (0, errno.EINPROGRESS):
             self._fail(os.strerror(status))
@@ -229,6 +301,9 @@ class SocketTransport(Transport):
             size = self.sock.send(data) if data else 0
         except (BlockingIOError, InterruptedError):
             size = 0
+        except (BrokenPipeError, ConnectionResetError):
+            # The peer left. What it said before may not be read yet; its end follows.
+            size = len(data)
         except OSError as error:
             self._fail(os.strerror(error.errno or 0))
             return False

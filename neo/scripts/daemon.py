@@ -104,6 +104,12 @@ def _common(bind: str, bind_port: int | None, known_masters: Option) -> list[Opt
             own=True,
         ),
         *LOG_AND_TLS,
+        Option(
+            "tcp-only",
+            "Accept connections on the address only, not also on the Unix socket that"
+            " processes of the same machine prefer.",
+            boolean,
+        ),
         Option("debug", "Show the traceback of an error that ends the node.", boolean),
     ]
 
@@ -413,7 +419,8 @@ def main(
 def _run(settings: Settings, log: Logger, build: Build) -> int:
     stop = Stop()
     paths = check_tls(settings.ca, settings.cert, settings.key)
-    runtime = EpollRuntime(log=log, tls=TLS(*paths) if paths else None)
+    tls = TLS(*paths) if paths else None
+    runtime = EpollRuntime(log, tls, settings.tcp_only)
     node = build(runtime, settings)
     install_signals(log, lambda: runtime.call_soon_threadsafe(node.dump))
     try:

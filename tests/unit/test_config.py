@@ -378,9 +378,10 @@ def test_start_up_error(
 class FakeRuntime:
     """Runs what was asked for, then ends."""
 
-    def __init__(self, log: Any, tls: Any) -> None:
+    def __init__(self, log: Any, tls: Any, tcp_only: bool) -> None:
         self.log = log
         self.tls = tls
+        self.tcp_only = tcp_only
         self.soon: list[Any] = []
         self.before_run = lambda: None
 

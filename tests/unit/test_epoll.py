@@ -31,6 +31,7 @@ from neo.lib.protocol import (
     NotifyUnlockInformation,
 )
 from neo.lib.tls import TLS
+from neo.lib.transport import connect_local, local_name
 from tests.cluster.harness import free_port
 
 HOSTS = ["127.0.0.1", "::1"]
@@ -84,13 +85,13 @@ def turn_until(loop: EpollRuntime, condition: Callable[[], object]) -> None:
         loop.turn(0.05)
 
 
-def make_loop(tls: TLS | None = None) -> EpollRuntime:
-    return EpollRuntime(Logger(console=False), tls)
+def make_loop(tls: TLS | None = None, tcp_only: bool = False) -> EpollRuntime:
+    return EpollRuntime(Logger(console=False), tls, tcp_only)
 
 
-@pytest.fixture
-def loop() -> Iterator[EpollRuntime]:
-    runtime = make_loop()
+@pytest.fixture(params=[False, True], ids=["local", "tcp"])
+def loop(request: pytest.FixtureRequest) -> Iterator[EpollRuntime]:
+    runtime = make_loop(tcp_only=request.param)
     yield runtime
     runtime.close()
 
@@ -131,7 +132,13 @@ def test_question_and_answer(loop: EpollRuntime, host: str) -> None:
     conn.ask(AskNewOIDs, 5).then(lambda oids: got.append(len(oids)))
     turn_until(loop, lambda: got)
     assert got == [5]
-    assert conn.address[0] == server.conns[0].address[0] == host
+    peer = server.conns[0].address
+    if loop.tcp_only:
+        assert conn.address[0] == peer[0] == host
+        assert peer[1] not in (0, conn.address[1])
+    else:
+        assert peer == ("local", os.getpid())
+        assert str(server.conns[0]) == f"None (local:{os.getpid()})"
     assert conn.address[1] != 0
     assert server.conns[0].incoming
     assert not conn.incoming
@@ -333,11 +340,61 @@ def test_listening_twice_on_one_address(loop: EpollRuntime, host: str) -> None:
         loop.listen(address, Peer(loop).accept)
 
 
+@pytest.mark.parametrize("wildcard", ["0.0.0.0", "::"])
+def test_listening_on_all_addresses(loop: EpollRuntime, wildcard: str) -> None:
+    try:
+        _, port = loop.listen((wildcard, 0), (server := Peer(loop)).accept)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    client = Peer(loop)
+    loop.connect(("::1" if ":" in wildcard else "127.0.0.1", port), client)
+    turn_until(loop, lambda: server.conns)
+    assert (server.conns[0].address[0] == "local") is not loop.tcp_only
+
+
+def test_unix_socket_that_is_taken() -> None:
+    """What the local peers would find is not ours: so we don't listen at all."""
+    loop = make_loop()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(local_name(address))
+        with pytest.raises(OSError, match="in use"):
+            loop.listen(address, Peer(loop).accept)
+        with pytest.raises(ConnectionRefusedError):
+            plain(address)
+    assert loop.listen(address, Peer(loop).accept) == address
+    loop.close()
+
+
+def test_only_a_loopback_address_has_a_unix_socket() -> None:
+    for host in ("192.0.2.1", "2001:db8::1", "localhost", "127-0-0-1.example.com"):
+        assert local_name((host, 10000)) is None
+
+
+def test_unix_socket_whose_queue_is_full(loop: EpollRuntime) -> None:
+    """TCP is used instead."""
+    server, client = Peer(loop), Peer(loop)
+    address = loop.listen(("127.0.0.1", 0), server.accept)
+    waiting = []
+    while not loop.tcp_only:
+        sock = connect_local(address)
+        if sock is None:
+            break
+        waiting.append(sock)
+        assert len(waiting) < 10_000
+    loop.connect(address, client)
+    turn_until(loop, lambda: client.ready)
+    for sock in waiting:
+        sock.close()
+
+
 def test_unlisten(loop: EpollRuntime) -> None:
     server, _, conn = pair(loop)
     loop.unlisten()
     with pytest.raises(ConnectionRefusedError):
         plain(conn.address)
+    assert connect_local(conn.address) is None
     conn.notify(NotifyReady)
     turn_until(loop, lambda: server.ready)
 
