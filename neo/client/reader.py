@@ -54,6 +54,7 @@ WINDOW = 128
 READ_PAUSE = 0.05
 # Data that are worth to be decompressed while other threads use the client (bytes).
 BIG = 1 << 16
+WRONG_CHECKSUM = "wrong checksum"
 
 
 class Load:
@@ -310,7 +311,10 @@ class Reader:
                 if len(data) < BIG:
                     good.append(unpack(compression, checksum, data))
                 else:
-                    job = partial(unpack, compression, checksum, data)
+                    assert load.conn is not None
+                    if load.conn.sha1_of(data) != checksum:
+                        raise ValueError(WRONG_CHECKSUM)
+                    job = partial(decompress, compression, data)
                     good.append(app.runtime.unlocked(job))
                 return True
             except ValueError as error:
@@ -464,7 +468,7 @@ class Reader:
 def unpack(compression: int, checksum: bytes, data: bytes) -> bytes:
     """What was stored as `data`; ValueError if it is damaged."""
     if sha1(data).digest() != checksum:
-        raise ValueError("wrong checksum")
+        raise ValueError(WRONG_CHECKSUM)
     return decompress(compression, data)
 
 

@@ -50,7 +50,7 @@ from neo.lib.protocol import NodeType
 from neo.lib.runtime import HeapTimer, T, Throttle
 from neo.lib.spin import Processors, Spin
 from neo.lib.tls import TLS
-from neo.lib.transport import CHUNK, DRAIN, SocketTransport
+from neo.lib.transport import DRAIN, SocketTransport
 from neo.lib.util import Address
 
 BATCH = 32 << 10  # bytes queued by objects stored one by one before they are sent
@@ -419,7 +419,7 @@ class ShellRuntime:
 
     def _receive(self, transport: ShellTransport) -> None:
         """Block until something comes; the lock is free meanwhile."""
-        sock = transport.sock
+        sock, size = transport.sock, transport.conn.read_size
         transport.in_recv = True
         data: bytes | None = b""
         # Threads of the application would take the interpreter from each other.
@@ -430,10 +430,10 @@ class ShellRuntime:
         state = lock._release_save()
         try:
             if alone and transport.spin.look(transport.poll):
-                data = sock.recv(CHUNK, 0)
+                data = sock.recv(size, 0)
             else:
                 start = time.monotonic()
-                data = sock.recv(CHUNK, 0)
+                data = sock.recv(size, 0)
                 transport.spin.slept(time.monotonic() - start)
         except BlockingIOError:  # the mode could not be changed in time
             data = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha1
 from typing import Any
 
 from msgpack import OutOfData, Packer, Unpacker, UnpackException, unpackb
@@ -42,6 +43,59 @@ class Malformed(ValueError):
     """The stream is no sequence of packets."""
 
 
+# Bytes of a message that are worth to be hashed while the rest is on its way.
+_HASHED_MIN = 32 << 10
+_HEAD = 128  # within which the binary of such a message begins
+_LONG = b"\xc6"  # before the length of a binary, of 4 bytes
+
+
+def find_binary(head: bytes) -> tuple[int, int] | None:
+    """(start, end), in its message, of the argument that goes beyond `head`.
+
+    None if it is not a long binary, or not known yet.
+    """
+    reader = Unpacker(read_size=_HEAD, max_buffer_size=_HEAD)
+    reader.feed(head[:_HEAD])
+    at = 0
+    try:
+        reader.read_array_header()
+        reader.skip()
+        reader.skip()
+        reader.read_array_header()
+        while True:
+            at = reader.tell()
+            reader.skip()
+    except OutOfData:
+        pass
+    except HOSTILE:
+        return None
+    start = at + len(_LONG)
+    if at and head[at:start] == _LONG and len(head) >= (data := start + 4):
+        return data, data + int.from_bytes(head[start:data], "big")
+    return None
+
+
+class _Hasher:
+    """SHA-1 of a binary, made of what comes of its message."""
+
+    __slots__ = ("end", "sha", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+        self.sha = sha1()
+
+    def update(self, offset: int, data: bytes) -> None:
+        """`data` start at `offset` in the message."""
+        start = max(0, self.start - offset)
+        self.sha.update(memoryview(data)[start : max(start, self.end - offset)])
+
+    def result(self, args: tuple[Any, ...]) -> tuple[bytes, bytes] | None:
+        """(binary, its SHA-1)."""
+        size = self.end - self.start
+        found = [arg for arg in args if type(arg) is bytes and len(arg) == size]
+        return (found[0], self.sha.digest()) if len(found) == 1 else None
+
+
 class Decoder:
     """Cuts a stream of bytes into messages.
 
@@ -59,6 +113,9 @@ class Decoder:
         self._scanner: Unpacker | None = None
         self._scanned = 0
         self._alone = True  # the last bytes were exactly one message
+        self._hasher: _Hasher | None = None  # of the incomplete message
+        # The last big binary that came in pieces, and its SHA-1.
+        self.hashed: tuple[bytes, bytes] | None = None
 
     def _new_fast(self) -> Unpacker:
         return Unpacker(
@@ -101,7 +158,12 @@ class Decoder:
                 number += 1
                 in_data = start >= before
                 whole = data[start - before : self._start - before] if in_data else None
-                yield _checked(message, whole)
+                checked = _checked(message, whole)
+                if self._hasher is not None:
+                    self._hasher.update(before - start, data)
+                    self.hashed = self._hasher.result(checked[2])
+                    self._hasher = None
+                yield checked
         except OutOfData:
             pass
         except Malformed:
@@ -109,7 +171,7 @@ class Decoder:
         except ValueError as error:
             if "exceeds max_" not in str(error):
                 raise Malformed(str(error)) from None
-            self._fast = None
+            self._fast = self._hasher = None
             yield from self._slow()
             return
         except HOSTILE as error:
@@ -123,6 +185,21 @@ class Decoder:
             raise Malformed(f"message larger than {self.limit} bytes")
         else:
             self._forget_decoded()
+            if self.incomplete >= _HASHED_MIN:
+                self._hash(data)
+
+    def _hash(self, data: bytes) -> None:
+        """Hash what came of the incomplete message, if it has a big binary."""
+        if self._hasher is not None:
+            self._hasher.update(self.incomplete - len(data), data)
+            return
+        head = self._chunks[0][self._start : self._start + _HEAD]
+        if (found := find_binary(head)) is not None:
+            self._hasher = _Hasher(*found)
+            offset = -self._start
+            for chunk in self._chunks:
+                self._hasher.update(offset, chunk)
+                offset += len(chunk)
 
     def _forget_decoded(self) -> None:
         """Keep only chunks since the start of the incomplete message."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
+from hashlib import sha1
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from .codec import NO_ID, Decoder, Malformed, Message, pack
@@ -27,7 +29,7 @@ from .protocol import (
     Packet,
     Ping,
 )
-from .util import Address, format_address
+from .util import Address, Pieces, format_address
 
 if TYPE_CHECKING:
     from .logger import Logger
@@ -42,6 +44,9 @@ LIMIT = 256 << 20
 # Bytes of answers that are not held back until all that came along is answered: the
 # peer can use them meanwhile.
 EAGER = 4 << 10
+# Bytes read at once; and in the middle of a big message.
+CHUNK = 1 << 16
+BIG_CHUNK = 1 << 20
 # Bytes per second of a message that is worth waiting for.
 SLOWEST = 1 << 16
 # Between two looks for silence, at least (s): the rest of a wait may be no more than
@@ -169,6 +174,11 @@ class Connection:
         self._decoder.limit = LIMIT
 
     @property
+    def read_size(self) -> int:
+        """How much to read at once (bytes)."""
+        return CHUNK if self._decoder.incomplete < CHUNK // 2 else BIG_CHUNK
+
+    @property
     def pending(self) -> int:
         """Number of answers owed by the peer."""
         return len(self._pending)
@@ -179,6 +189,41 @@ class Connection:
         """Queue a packet; dropped if the connection is closed."""
         if not self.closed:
             self._write(self._encode(packet, msg_id, args))
+
+    def send_stream(
+        self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]
+    ) -> None:
+        """As `send`; one of `args` is `Pieces`: each is on its way before the next."""
+        at = next(i for i, arg in enumerate(args) if type(arg) is Pieces)
+        size, parts = args[at]
+        with closing(parts):
+            if self.closed:
+                return
+            head = b"".join(
+                (
+                    b"\x93",
+                    pack(msg_id),
+                    pack(packet.code),
+                    bytes((0x90 | len(args),)),
+                    *map(pack, args[:at]),
+                    b"\xc6",
+                    size.to_bytes(4, "big"),
+                )
+            )
+            written = [head]
+            self._write(head)
+            for part in parts:
+                self._write(part)
+                self.transport.flush()
+                written.append(part)
+                if self.closed:
+                    return
+        tail = b"".join(map(pack, args[at + 1 :]))
+        self._write(tail)
+        self.transport.flush()
+        if self.log.tracing:
+            data = b"".join((*written, tail))
+            self.log.message(True, self._peer, msg_id, packet.code, data)
 
     def _encode(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> bytes:
         data: bytes = pack((msg_id, packet.code, args))
@@ -414,6 +459,14 @@ class Connection:
                 self._dispatch(*kept.popleft())
         except Malformed as error:
             self._malformed(error)
+
+    def sha1_of(self, data: bytes) -> bytes:
+        """SHA-1 of what came in a packet: made already if that was big."""
+        hashed = self._decoder.hashed
+        if hashed is not None and hashed[0] is data:
+            self._decoder.hashed = None
+            return hashed[1]
+        return sha1(data).digest()
 
     @property
     def is_greeted(self) -> bool:

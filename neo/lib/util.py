@@ -1,10 +1,12 @@
-"""Small pure functions on identifiers, dates and addresses."""
+"""Identifiers, dates, addresses, values: small pure functions on them."""
 
 from __future__ import annotations
 
 import struct
 from calendar import timegm
+from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from .exception import ConfigurationError
 
@@ -74,6 +76,16 @@ def _date_of(high: int) -> datetime:
     year, month = divmod(high, 12)
     first = datetime(min(1900 + year, 9998), month + 1, 1, hour, minute, tzinfo=UTC)
     return first + timedelta(days=day)
+
+
+# --- values -------------------------------------------------------------------
+
+
+class Pieces(NamedTuple):
+    """A binary of `size` bytes (more than 2^16) that is read while it is sent."""
+
+    size: int
+    parts: Generator[bytes, None, None]
 
 
 # --- addresses ----------------------------------------------------------------

@@ -8,7 +8,6 @@ Source: behaviour 3.3 to 3.10, storage-format 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha1
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,7 @@ class ClientHandler(Handler):
         self.np = len(operation.access)
         self.pending = operation.transactions.pending
         self.pending_by_oid = self.pending.by_oid
-        self.load = operation.backend.load
+        self.load = operation.backend.load_streamed
         self.store = operation.transactions.store
 
     def closed(self, conn: Connection) -> None:
@@ -102,7 +101,10 @@ class ClientHandler(Handler):
         revision = self.load(oid, at, before)
         if revision is None:
             raise self._not_found(oid)
-        conn.send(AnswerObject, conn.message_id, (oid, *revision))
+        if type(revision[4]) is bytes:
+            conn.send(AnswerObject, conn.message_id, (oid, *revision))
+        else:
+            conn.send_stream(AnswerObject, conn.message_id, (oid, *revision))
 
     def _not_found(self, oid: Oid) -> Refused:
         known = oid in self.pending_by_oid or self.backend.last_tid_of(oid) is not None
@@ -333,7 +335,7 @@ class ClientHandler(Handler):
     ) -> None:
         value: Value | None = None
         if data or checksum != ZERO_HASH:
-            if sha1(data).digest() != checksum:
+            if conn.sha1_of(data) != checksum:
                 raise ProtocolError(f"{oid.hex()}: the checksum of the data is wrong")
             value = checksum, data, compression
         if oid > MAX_TID or serial > MAX_TID:

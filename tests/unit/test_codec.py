@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from hashlib import sha1
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgpack import ExtType, packb
 
-from neo.lib.codec import NO_ID, Decoder, Malformed, pack
+from neo.lib.codec import NO_ID, Decoder, Malformed, find_binary, pack
 from neo.lib.protocol import ENUMS, Error, ErrorCode, NodeType
 from tests.fakes import packet_vectors
 
@@ -50,6 +51,69 @@ def decoded(decoder: Decoder, data: bytes) -> list[tuple[int, int, tuple]]:
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     bounds = [0, *sorted(p % (len(data) + 1) for p in places), len(data)]
     return [data[a:b] for a, b in pairwise(bounds)]
+
+
+@given(
+    st.lists(st.sampled_from([0, 5, 70_000, 200_000]), min_size=1, max_size=6),
+    st.lists(st.integers(0, 1 << 20), max_size=20),
+)
+def test_big_binaries_are_hashed_as_they_come(
+    sizes: list[int], places: list[int]
+) -> None:
+    decoder = Decoder(LIMIT)
+    values = [bytes((n,)) * size for n, size in enumerate(sizes)]
+    sent = [(n, 0x20, (b"oid", None, value, 3)) for n, value in enumerate(values)]
+    received = []
+    for piece in cut(b"".join(map(pack, sent)), places):
+        for msg_id, _, args, _ in decoder.feed(piece):
+            received.append(msg_id)
+            if decoder.hashed is not None and decoder.hashed[0] is args[2]:
+                assert decoder.hashed[1] == sha1(values[msg_id]).digest()
+    assert received == list(range(len(sizes)))
+
+
+def test_hash_of_a_big_binary() -> None:
+    """It is there if it came in pieces, and belongs to nothing else."""
+    decoder = Decoder(LIMIT)
+    value = b"v" * 200_000
+    hashed = value, sha1(value).digest()
+    data = pack((1, 0x20, (b"oid", value)))
+    for piece in cut(data, [1 << 16, 1 << 17]):
+        found = list(decoder.feed(piece))
+    assert decoder.hashed == hashed
+    assert decoder.hashed[0] is found[0][2][1]
+    # Which of the two it would be is not known.
+    twice = pack((1, 0x20, (b"w" * 200_000, value)))
+    for piece in cut(twice, [1 << 16]):
+        list(decoder.feed(piece))
+    assert decoder.hashed is None
+    # What is decoded in another way takes no hash along.
+    slow = pack((1, 0x20, (value, [None] * 5000)))
+    for piece in cut(slow, [1 << 16, len(slow) - 10]):
+        list(decoder.feed(piece))
+    for piece in cut(pack((1, 0x20, (b"x" * 200_000,))), [60_000]):
+        list(decoder.feed(piece))
+    assert decoder.hashed == (b"x" * 200_000, sha1(b"x" * 200_000).digest())
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        ((b"o" * 8, None, {1: (2, b"")}, b"v" * 70_000, 5), (26, 70_026)),
+        ((b"v" * 300,), None),  # short: its length takes 2 bytes
+        ((b"u" * 200, b"v" * 70_000), None),  # begins too late
+        (("t" * 70_000,), None),
+        (([b"v" * 70_000],), None),  # no argument itself
+        ((1, 2, 3), None),
+    ],
+)
+def test_find_binary(args: tuple, found: tuple[int, int] | None) -> None:
+    data = pack((7, 0x20, args))
+    assert find_binary(data[:1000]) == found
+    if found is not None:
+        assert data[slice(*found)] == b"v" * 70_000
+        assert find_binary(data[: found[0] - 1]) is None
+    assert find_binary(b"") is find_binary(b"\xc1" * 200) is None
 
 
 @given(st.lists(messages, max_size=8), st.lists(st.integers(0, 1 << 20), max_size=20))

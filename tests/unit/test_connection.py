@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,6 +29,7 @@ from neo.lib.protocol import (
     Pong,
     SetNumReplicas,
 )
+from neo.lib.util import Pieces
 from tests.fakes import (
     FakeRuntime,
     FakeTransport,
@@ -49,6 +51,34 @@ def error(msg_id: int, code: ErrorCode, text: str = "") -> tuple:
 def transport(conn: Connection) -> FakeTransport:
     assert isinstance(conn.transport, FakeTransport)
     return conn.transport
+
+
+# --- streams ------------------------------------------------------------------------
+
+
+def test_stream_is_what_send_would_write() -> None:
+    conn = established(Recorder())
+    parts = [b"a" * 40_000, b"b" * 40_000, b"c"]
+    closed = []
+
+    def read() -> Iterator[bytes]:
+        try:
+            yield from parts
+        finally:
+            closed.append(True)
+
+    args = TID, TID, None, 0, bytes(20), b"".join(parts), None
+    conn.send_stream(
+        AnswerObject, 300, (*args[:5], Pieces(len(args[5]), read()), args[6])
+    )
+    segments = transport(conn).segments
+    assert len(segments) == len(parts) + 1  # each on its own
+    assert b"".join(segments) == pack((300, AnswerObject.code, args))
+    assert closed == [True]
+    conn.close()
+    conn.send_stream(AnswerObject, 301, (*args[:5], Pieces(80_001, read()), args[6]))
+    assert output(conn) == b""
+    assert len(segments) == len(parts) + 1
 
 
 # --- greeting -----------------------------------------------------------------------

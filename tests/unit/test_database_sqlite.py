@@ -16,7 +16,7 @@ import pytest
 
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
 from neo.lib.protocol import ZERO_OID, CellState
-from neo.lib.util import p64
+from neo.lib.util import Pieces, p64
 from neo.storage.database import open_backend, sqlite
 from neo.storage.database.interface import Backend, Metadata, Store
 from neo.storage.database.memory import MemoryBackend
@@ -42,6 +42,48 @@ def add(db: Backend, tid: int, data: bytes = b"data", durable: bool = True) -> N
     db.lock(p64(tid), p64(tid), False)
     db.unlock(p64(tid), p64(tid))
     db.commit()
+
+
+# --- big values -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+@pytest.mark.parametrize(
+    "size", [sqlite.BIG - 1, sqlite.BIG, sqlite.BIG + 1, 5 * sqlite.PIECE, 1 << 20]
+)
+def test_big_value(tmp_path: Path, mode: str, size: int) -> None:
+    db = open_backend("SQLite", f"file:{tmp_path}/db?journal_mode={mode}")
+    start(db)
+    data = noise(size)
+    add(db, 5, data)
+    value = 0, sha1(data).digest()
+    assert db.load(ZERO_OID) == (p64(5), None, *value, data, None)
+    assert db.background.load(ZERO_OID) == (p64(5), None, *value, data, None)
+    streamed = db.load_streamed(ZERO_OID)
+    assert streamed is not None
+    found = streamed[4]
+    if mode == "wal" and size > sqlite.BIG:
+        assert isinstance(found, Pieces)
+        assert found.size == size
+        found = b"".join(found.parts)
+    assert streamed[:4] == (p64(5), None, *value)
+    assert found == data
+    db.close()
+
+
+@pytest.mark.parametrize("damage", ["12345", f"zeroblob({1 << 17})", "'text'"])
+def test_big_value_that_is_damaged(tmp_path: Path, damage: str) -> None:
+    """It is read, so that its checksum tells."""
+    db = open_backend("SQLite", f"{tmp_path}/db")
+    start(db)
+    add(db, 5, noise(1 << 17))
+    db.begin(False)
+    db.execute(f"UPDATE data SET value = {damage}")  # type: ignore[attr-defined]
+    db.commit()
+    found = db.load(ZERO_OID)
+    assert found is not None
+    assert sha1(found[4]).digest() != found[3]
+    db.close()
 
 
 # --- connection strings -----------------------------------------------------------

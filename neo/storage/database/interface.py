@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from neo.lib.protocol import CellState
+from neo.lib.util import Pieces
 
 Oid = bytes
 Tid = bytes
@@ -39,6 +40,7 @@ Value = tuple[bytes, bytes, int]
 #: (tid, next tid or None, compression, checksum, data, value_tid or None); compression
 #: is None, checksum ZERO_HASH and data b"" for a revision without data (9.1)
 Revision = tuple[Tid, Tid | None, int | None, bytes, bytes, Tid | None]
+StreamedRevision = tuple[Tid, Tid | None, int | None, bytes, bytes | Pieces, Tid | None]
 
 
 class PackOrder(NamedTuple):
@@ -138,6 +140,11 @@ class Reader(Protocol):
         None if there is none: `last_tid_of` then tells whether `oid` has any revision.
         One indexed read, whatever the length of the history. Source: 9.1.
         """
+
+    def load_streamed(
+        self, oid: Oid, at: Tid | None = None, before: Tid | None = None
+    ) -> StreamedRevision | None:
+        """As `load`; what is big is read later, but before anything else is done."""
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
         """As `load` for each; one query if `Backend.loads_together`."""

@@ -29,6 +29,7 @@ from .interface import (
     PackOrder,
     Revision,
     Settings,
+    StreamedRevision,
     Tid,
     Transaction,
     Value,
@@ -134,6 +135,18 @@ class SQLReader(ABC):
     def load(
         self, oid: Oid, at: Tid | None = None, before: Tid | None = None
     ) -> Revision | None:
+        query = self._load_query(oid, at, before)
+        rows = query and self._query(*query)
+        return revision(rows[0]) if rows else None
+
+    def load_streamed(
+        self, oid: Oid, at: Tid | None = None, before: Tid | None = None
+    ) -> StreamedRevision | None:
+        return self.load(oid, at, before)
+
+    def _load_query(
+        self, oid: Oid, at: Tid | None, before: Tid | None
+    ) -> tuple[str, tuple[int, ...]] | None:
         (number,) = u64_tuple(oid)
         if number > ID_MAX:
             return None
@@ -142,15 +155,13 @@ class SQLReader(ABC):
             (bound,) = u64_tuple(before)
             if bound > ID_MAX:
                 bound = ID_MAX
-            rows = self._query(self.LOAD_BEFORE, (partition, number, bound))
-        elif at is not None:
+            return self.LOAD_BEFORE, (partition, number, bound)
+        if at is not None:
             (bound,) = u64_tuple(at)
             if bound > ID_MAX:
                 return None
-            rows = self._query(self.LOAD_AT, (partition, number, bound))
-        else:
-            rows = self._query(self.LOAD_LAST, (partition, number))
-        return revision(rows[0]) if rows else None
+            return self.LOAD_AT, (partition, number, bound)
+        return self.LOAD_LAST, (partition, number)
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
         return [self.load(oid, at, before) for oid, at, before in wanted]

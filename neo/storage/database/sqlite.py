@@ -19,7 +19,7 @@ import socket  # noqa: TID251  # an abstract socket as a lock, never connected
 import sqlite3
 import struct
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from threading import RLock  # noqa: TID251  # see _SharedReader
 from typing import Any, NamedTuple
@@ -28,9 +28,11 @@ from urllib.parse import quote
 from zc.lockfile import LockError, LockFile
 
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
+from neo.lib.util import Pieces
 
 from . import schema
-from .reader import Layout, Row, SQLReader
+from .interface import Oid, Revision, StreamedRevision, Tid
+from .reader import Layout, Row, SQLReader, revision
 from .sql import SQLBackend
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ CACHE_KIB = 32768  # page cache of a connection, unless the connection string sa
 CHECKPOINT_PAGES = 1000  # of the log that make a checkpoint worth its while
 LOG_PAGES_MAX = 16 * CHECKPOINT_PAGES  # beyond, the writer does it itself
 COPY_SIZE = 1 << 20  # bytes
+BIG = 1 << 16  # values that are not read by a query (bytes)
+PIECE = 1 << 16  # of them, read at once (bytes)
+WHOLE_LOADS = SQLReader.LOAD_LAST, SQLReader.LOAD_BEFORE, SQLReader.LOAD_AT
 UNSAFE_JOURNALS = ("off", "memory")
 TYPES = {
     "partition": "INTEGER",
@@ -124,6 +129,67 @@ class SQLiteReader(SQLReader):
             except sqlite3.Error as e:
                 self._check_busy(e)
 
+    # What is big is read apart, and its size here: queries copy each page of it several
+    # times (1 MiB: 1.4 ms instead of 0.5).
+    LOAD_LAST, LOAD_BEFORE, LOAD_AT = (
+        load.replace(
+            " value ", f" IIF(LENGTH(value) > {BIG}, LENGTH(value), value) ", 1
+        )
+        for load in WHOLE_LOADS
+    )
+
+    def load(
+        self, oid: Oid, at: Tid | None = None, before: Tid | None = None
+    ) -> Revision | None:
+        found = self.load_streamed(oid, at, before)
+        if found is None:
+            return None
+        tid, next_tid, compression, checksum, data, value_tid = found
+        if isinstance(data, Pieces):
+            data = b"".join(data.parts)
+        return tid, next_tid, compression, checksum, data, value_tid
+
+    def load_streamed(
+        self, oid: Oid, at: Tid | None = None, before: Tid | None = None
+    ) -> StreamedRevision | None:
+        query = self._load_query(oid, at, before)
+        for _ in range(2):
+            rows = query and self._query(*query)
+            if not rows:
+                return None
+            row = rows[0]
+            if type(row[6]) is not int:
+                return revision(row)
+            pieces = self._open_value(row[2])
+            if pieces is not None:
+                found = revision((*row[:6], b""))
+                tid, next_tid, compression, checksum, _, value_tid = found
+                return tid, next_tid, compression, checksum, pieces, value_tid
+            # Deleted in between, unless it is damaged.
+        return revision(row)
+
+    def _open_value(self, data_id: int) -> Pieces | None:
+        """A value; None if there is none, or it is no blob."""
+        while True:
+            try:
+                blob = self._read_connection.blobopen(
+                    "data", "value", data_id, readonly=True
+                )
+            except sqlite3.Error as e:
+                if getattr(e, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
+                    return None  # there is no more precise code
+                self._check_busy(e)
+            else:
+                return Pieces(len(blob), self._pieces(blob))
+
+    def _pieces(self, blob: sqlite3.Blob) -> Generator[bytes, None, None]:
+        with blob:
+            try:
+                while piece := blob.read(PIECE):
+                    yield piece
+            except sqlite3.Error as e:
+                raise self._failure(e) from e
+
     def size(self) -> int:
         (pages,), (free,), (size,) = (
             self._query(f"PRAGMA {name}")[0]
@@ -134,6 +200,8 @@ class SQLiteReader(SQLReader):
 
 class _SharedReader(SQLiteReader):
     """Reads over the writer's connection, between its transactions."""
+
+    LOAD_LAST, LOAD_BEFORE, LOAD_AT = WHOLE_LOADS
 
     def __init__(
         self, layout: Layout, connection: sqlite3.Connection, path: str, lock: RLock
@@ -175,6 +243,7 @@ class SQLiteBase(SQLBackend, SQLiteReader):
             self.layout, self._connection, self.path, self._lock
         )
         self._query = self.background._query  # type: ignore[method-assign]
+        self.LOAD_LAST, self.LOAD_BEFORE, self.LOAD_AT = WHOLE_LOADS
 
     # --- SQL transactions -------------------------------------------------------
 
