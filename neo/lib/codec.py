@@ -43,57 +43,86 @@ class Malformed(ValueError):
     """The stream is no sequence of packets."""
 
 
-# Bytes of a message that are worth to be hashed while the rest is on its way.
-_HASHED_MIN = 32 << 10
+# Bytes of a binary, still to come, that are worth to be put together apart.
+_BIG = 32 << 10
 _HEAD = 128  # within which the binary of such a message begins
 _LONG = b"\xc6"  # before the length of a binary, of 4 bytes
+_EMPTY = b"\xc4\0"  # a binary
 
 
-def find_binary(head: bytes) -> tuple[int, int] | None:
-    """(start, end), in its message, of the argument that goes beyond `head`.
+def find_binary(head: bytes) -> tuple[int, int, int] | None:
+    """(number of the argument, start, end) of what goes beyond `head` in its message.
 
     None if it is not a long binary, or not known yet.
     """
     reader = Unpacker(read_size=_HEAD, max_buffer_size=_HEAD)
     reader.feed(head[:_HEAD])
-    at = 0
+    at, number = 0, -1
     try:
         reader.read_array_header()
         reader.skip()
         reader.skip()
         reader.read_array_header()
         while True:
-            at = reader.tell()
+            at, number = reader.tell(), number + 1
             reader.skip()
     except OutOfData:
         pass
     except HOSTILE:
         return None
-    start = at + len(_LONG)
-    if at and head[at:start] == _LONG and len(head) >= (data := start + 4):
-        return data, data + int.from_bytes(head[start:data], "big")
+    start = at + len(_LONG) + 4
+    if at and head[at : at + 1] == _LONG and len(head) >= start:
+        return number, start, start + int.from_bytes(head[start - 4 : start], "big")
     return None
 
 
-class _Hasher:
-    """SHA-1 of a binary, made of what comes of its message."""
+class _Big:
+    """A message that is mostly one binary, which is copied once only, and hashed as it
+    comes. The other arguments are decoded as if it were empty.
+    """
 
-    __slots__ = ("end", "sha", "start")
+    def __init__(self, head: bytes, number: int, size: int, reader: Unpacker) -> None:
+        self._number = number  # of the argument
+        self._missing = size
+        self._sha = sha1()
+        self._parts: list[bytes] = []
+        self.hashed: tuple[bytes, bytes] | None = None  # value, SHA-1: once complete
+        self._others = [head]  # what comes before and after it
+        self._reader = reader
+        self._fed = 0
+        self._feed(head[: -len(_LONG) - 4] + _EMPTY)
 
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-        self.sha = sha1()
+    def _feed(self, data: bytes) -> None:
+        self._reader.feed(data)
+        self._fed += len(data)
 
-    def update(self, offset: int, data: bytes) -> None:
-        """`data` start at `offset` in the message."""
-        start = max(0, self.start - offset)
-        self.sha.update(memoryview(data)[start : max(start, self.end - offset)])
+    def add(self, data: bytes) -> tuple[Message, bytes] | None:
+        """The message and what follows it, if `data` complete it; else None."""
+        if self._missing:
+            part = data[: self._missing]
+            data = data[self._missing :]
+            self._parts.append(part)
+            self._sha.update(part)
+            self._missing -= len(part)
+            if self._missing:
+                return None
+        self._others.append(data)
+        self._feed(data)
+        try:
+            message = self._reader.unpack()
+        except OutOfData:
+            return None
+        msg_id, code, args, _ = _checked(message, None)
+        value = b"".join(self._parts)
+        args = (*args[: self._number], value, *args[self._number + 1 :])
+        self.hashed = value, self._sha.digest()
+        left = self._fed - self._reader.tell()
+        return (msg_id, code, args, None), data[len(data) - left :]
 
-    def result(self, args: tuple[Any, ...]) -> tuple[bytes, bytes] | None:
-        """(binary, its SHA-1)."""
-        size = self.end - self.start
-        found = [arg for arg in args if type(arg) is bytes and len(arg) == size]
-        return (found[0], self.sha.digest()) if len(found) == 1 else None
+    def all(self) -> bytes:
+        """All that came."""
+        head, *tail = self._others
+        return b"".join((head, *self._parts, *tail))
 
 
 class Decoder:
@@ -113,7 +142,7 @@ class Decoder:
         self._scanner: Unpacker | None = None
         self._scanned = 0
         self._alone = True  # the last bytes were exactly one message
-        self._hasher: _Hasher | None = None  # of the incomplete message
+        self._big: _Big | None = None  # the incomplete message
         # The last big binary that came in pieces, and its SHA-1.
         self.hashed: tuple[bytes, bytes] | None = None
 
@@ -142,6 +171,9 @@ class Decoder:
         return self._stream(data)
 
     def _stream(self, data: bytes) -> Iterator[Message]:
+        if self._big is not None:
+            yield from self._assemble(self._big, data)
+            return
         self._chunks.append(data)
         self._size += len(data)
         if self._fast is None:
@@ -158,12 +190,7 @@ class Decoder:
                 number += 1
                 in_data = start >= before
                 whole = data[start - before : self._start - before] if in_data else None
-                checked = _checked(message, whole)
-                if self._hasher is not None:
-                    self._hasher.update(before - start, data)
-                    self.hashed = self._hasher.result(checked[2])
-                    self._hasher = None
-                yield checked
+                yield _checked(message, whole)
         except OutOfData:
             pass
         except Malformed:
@@ -171,7 +198,7 @@ class Decoder:
         except ValueError as error:
             if "exceeds max_" not in str(error):
                 raise Malformed(str(error)) from None
-            self._fast = self._hasher = None
+            self._fast = None
             yield from self._slow()
             return
         except HOSTILE as error:
@@ -185,21 +212,49 @@ class Decoder:
             raise Malformed(f"message larger than {self.limit} bytes")
         else:
             self._forget_decoded()
-            if self.incomplete >= _HASHED_MIN:
-                self._hash(data)
+            self._look_for_binary()
 
-    def _hash(self, data: bytes) -> None:
-        """Hash what came of the incomplete message, if it has a big binary."""
-        if self._hasher is not None:
-            self._hasher.update(self.incomplete - len(data), data)
+    def _look_for_binary(self) -> None:
+        """Go another way for the incomplete message if it has a big one."""
+        found = find_binary(self._chunks[0][self._start : self._start + _HEAD])
+        if found is None:
             return
-        head = self._chunks[0][self._start : self._start + _HEAD]
-        if (found := find_binary(head)) is not None:
-            self._hasher = _Hasher(*found)
-            offset = -self._start
-            for chunk in self._chunks:
-                self._hasher.update(offset, chunk)
-                offset += len(chunk)
+        number, start, end = found
+        if end > self.limit:
+            raise Malformed(f"message larger than {self.limit} bytes")
+        if end - self.incomplete < _BIG:
+            return
+        data = b"".join(self._chunks)[self._start :]
+        self._big = _Big(data[:start], number, end - start, self._new_fast())
+        self._big.add(data[start:])
+        self._chunks.clear()
+        self._size, self._start = len(data), 0
+
+    def _assemble(self, big: _Big, data: bytes) -> Iterator[Message]:
+        """`_stream` for a message with a big binary."""
+        self._size += len(data)
+        try:
+            complete = big.add(data)
+        except HOSTILE as error:
+            if isinstance(error, Malformed) or "exceeds max_" not in str(error):
+                raise Malformed(f"{type(error).__name__}: {error}") from None
+            self._big = self._fast = None
+            self._chunks = [big.all()]
+            yield from self._slow()
+            return
+        if complete is None:
+            if self._size > self.limit:
+                raise Malformed(f"message larger than {self.limit} bytes")
+            return
+        message, following = complete
+        self.hashed = big.hashed
+        self._big = None
+        self._fast = self._new_fast()
+        self._size = self._fed = 0
+        self._alone = not following
+        yield message
+        if following:
+            yield from self._stream(following)
 
     def _forget_decoded(self) -> None:
         """Keep only chunks since the start of the incomplete message."""

@@ -46,7 +46,7 @@ LIMIT = 256 << 20
 EAGER = 4 << 10
 # Bytes read at once; and in the middle of a big message.
 CHUNK = 1 << 16
-BIG_CHUNK = 1 << 20
+BIG_CHUNK = 1 << 18
 # Bytes per second of a message that is worth waiting for.
 SLOWEST = 1 << 16
 # Between two looks for silence, at least (s): the rest of a wait may be no more than
@@ -210,20 +210,16 @@ class Connection:
                     size.to_bytes(4, "big"),
                 )
             )
-            written = [head]
             self._write(head)
             for part in parts:
                 self._write(part)
                 self.transport.flush()
-                written.append(part)
                 if self.closed:
                     return
-        tail = b"".join(map(pack, args[at + 1 :]))
-        self._write(tail)
-        self.transport.flush()
+        self._write(b"".join(map(pack, args[at + 1 :])))
         if self.log.tracing:
-            data = b"".join((*written, tail))
-            self.log.message(True, self._peer, msg_id, packet.code, data)
+            # To put them together for the log would cost as much as to read them.
+            self.log.message(True, self._peer, msg_id, packet.code, None)
 
     def _encode(self, packet: Packet[...], msg_id: int, args: tuple[Any, ...]) -> bytes:
         data: bytes = pack((msg_id, packet.code, args))

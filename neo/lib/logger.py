@@ -212,15 +212,18 @@ class Logger:
                 self.flush()
 
     def message(
-        self, outgoing: bool, peer: object, msg_id: int, code: int, data: bytes
+        self, outgoing: bool, peer: object, msg_id: int, code: int, data: bytes | None
     ) -> None:
         """Keep a packet as it is on the wire; call it if `tracing` only.
 
+        `data`: None if it is too big to be kept.
         `peer`: its text, made when the ring is written, is `S1 (127.0.0.1:10000)`.
         """
-        size, body = len(data), data
-        if size > self._max_packet:
-            size, body = 0, None  # type: ignore[assignment]
+        size, body = 0, data
+        if body is not None:
+            size = len(body)
+            if size > self._max_packet:
+                size, body = 0, None
         size += OVERHEAD
         self._add((self._clock(), self._node, outgoing, peer, msg_id, code, body, size))
 

@@ -82,24 +82,36 @@ def test_hash_of_a_big_binary() -> None:
         found = list(decoder.feed(piece))
     assert decoder.hashed == hashed
     assert decoder.hashed[0] is found[0][2][1]
-    # Which of the two it would be is not known.
-    twice = pack((1, 0x20, (b"w" * 200_000, value)))
-    for piece in cut(twice, [1 << 16]):
-        list(decoder.feed(piece))
-    assert decoder.hashed is None
-    # What is decoded in another way takes no hash along.
-    slow = pack((1, 0x20, (value, [None] * 5000)))
-    for piece in cut(slow, [1 << 16, len(slow) - 10]):
-        list(decoder.feed(piece))
+    # The first of two.
+    twice = 1, 0x20, (None, value, b"w" * 200_000)
+    for piece in cut(pack(twice), [1 << 16]):
+        found = list(decoder.feed(piece))
+    assert found[0][:3] == twice
+    assert decoder.hashed == hashed
+    # What is decoded in another way has none.
+    slow = 1, 0x20, (b"x" * 200_000, (None,) * 5000, 7)
+    for piece in cut(pack(slow), [1 << 16, 199_000, 201_000]):
+        found = list(decoder.feed(piece))
+    assert found[0][:3] == slow
+    assert decoder.hashed == hashed
     for piece in cut(pack((1, 0x20, (b"x" * 200_000,))), [60_000]):
         list(decoder.feed(piece))
     assert decoder.hashed == (b"x" * 200_000, sha1(b"x" * 200_000).digest())
 
 
+@pytest.mark.parametrize("tail", [b"\xc1", b"\x91" * 2000, b"\xc0\xc0\x01"])
+def test_what_follows_a_big_binary_is_malformed(tail: bytes) -> None:
+    data = pack((1, 0x20, (b"v" * 200_000, None)))[:-1]
+    decoder = Decoder(LIMIT)
+    list(decoder.feed(data[:100_000]))
+    with pytest.raises(Malformed):
+        list(decoder.feed(data[100_000:] + tail))
+
+
 @pytest.mark.parametrize(
     ("args", "found"),
     [
-        ((b"o" * 8, None, {1: (2, b"")}, b"v" * 70_000, 5), (26, 70_026)),
+        ((b"o" * 8, None, {1: (2, b"")}, b"v" * 70_000, 5), (3, 26, 70_026)),
         ((b"v" * 300,), None),  # short: its length takes 2 bytes
         ((b"u" * 200, b"v" * 70_000), None),  # begins too late
         (("t" * 70_000,), None),
@@ -107,12 +119,13 @@ def test_hash_of_a_big_binary() -> None:
         ((1, 2, 3), None),
     ],
 )
-def test_find_binary(args: tuple, found: tuple[int, int] | None) -> None:
+def test_find_binary(args: tuple, found: tuple[int, int, int] | None) -> None:
     data = pack((7, 0x20, args))
     assert find_binary(data[:1000]) == found
     if found is not None:
-        assert data[slice(*found)] == b"v" * 70_000
-        assert find_binary(data[: found[0] - 1]) is None
+        _, start, end = found
+        assert data[start:end] == b"v" * 70_000
+        assert find_binary(data[: start - 1]) is None
     assert find_binary(b"") is find_binary(b"\xc1" * 200) is None
 
 
