@@ -12,6 +12,7 @@ from neo.lib.node import nid_str
 from neo.lib.protocol import (
     FEATURE_CHECK,
     FEATURE_EARLY_VOTE,
+    FEATURE_OBJECTS,
     FEATURE_SIZE,
     FEATURES,
     ClusterState,
@@ -133,7 +134,14 @@ class StorageIdentification(Handler):
             None,
             app.options.cluster.encode(),
             None if me is None else me.id_timestamp,
-            {FEATURES: [FEATURE_SIZE, FEATURE_EARLY_VOTE, FEATURE_CHECK]},
+            {
+                FEATURES: [
+                    FEATURE_SIZE,
+                    FEATURE_EARLY_VOTE,
+                    FEATURE_OBJECTS,
+                    FEATURE_CHECK,
+                ]
+            },
         ).then(
             lambda *args: self._accepted(conn, *args),
             lambda code, text: (

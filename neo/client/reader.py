@@ -42,6 +42,7 @@ from .exception import (
     NEOStorageWrongChecksum,
 )
 from .handlers import offers
+from .objects import TOGETHER, Wanted, ask_objects
 
 if TYPE_CHECKING:
     from .app import ClientApp
@@ -68,7 +69,54 @@ class Load:
         self.conn: Connection | None = None
 
 
+class Prefetch(Load):
+    """The read of an object that nobody waits for yet."""
+
+    __slots__ = ("_flying", "_oid", "_reader")
+
+    def __init__(self, reader: Reader, oid: bytes, flying: set[Prefetch]) -> None:
+        super().__init__(reader.app.session)
+        self._reader = reader
+        self._oid = oid
+        self._flying = flying
+        flying.add(self)
+
+    def set(
+        self,
+        oid: bytes,
+        serial: bytes,
+        following: bytes | None,
+        compression: int | None,
+        checksum: bytes,
+        data: bytes,
+        data_serial: bytes | None,
+    ) -> None:
+        """See `objects.Target`. What is damaged is left to a load, which says so."""
+        if compression is not None and sha1(data).digest() == checksum:
+            try:
+                data = decompress(compression, data)
+            except ValueError:
+                pass
+            else:
+                self._reader.loaded(self, oid, serial, following, data)
+        self.fail(None, "")
+
+    def fail(self, code: int | None, text: str) -> None:
+        """See `objects.Target`."""
+        self._flying.discard(self)
+        loads = self._reader.loads
+        if loads.get(self._oid) is self:
+            del loads[self._oid]
+
+
 Request = tuple[bytes, Packet[...], tuple[Any, ...]]  # (oid or tid, packet, arguments)
+Flying = tuple[Request, Answer, Connection | None]
+
+
+def _ask_all(objects: dict[Connection, list[Wanted]]) -> None:
+    for conn, wanted in objects.items():
+        ask_objects(conn, wanted)
+    objects.clear()
 
 
 class Reader:
@@ -185,12 +233,11 @@ class Reader:
         """
         app = self.app
         source = iter(requests)
-        flying: deque[tuple[Request, Answer, Connection | None]] = deque()
+        flying: deque[Flying] = deque()
         app.connect()
         while True:
             if len(flying) <= window // 2:
-                for request in islice(source, window - len(flying)):
-                    flying.append((request, *self._send_read(request)))
+                flying.extend(self._send(islice(source, window - len(flying))))
             if not flying:
                 return
             (key, packet, args), answer, conn = flying.popleft()
@@ -206,19 +253,23 @@ class Reader:
             else:
                 yield Refusal(answer.code, answer.text)
 
-    def _send_read(self, request: Request) -> tuple[Answer, Connection | None]:
+    def _send(self, requests: Iterable[Request]) -> list[Flying]:
         app = self.app
-        key, packet, args = request
-        answer = Answer()
-        conn = None
-        if app.ready:
-            for nid in self._order(app.pt.partition_of(key)):
-                conn = app.links.get(nid)
-                if conn is not None and conn.node is not None:
-                    conn.ask(packet, *args).then(answer.set, answer.fail)
-                    return answer, conn
-        answer.fail(None, "no connection")
-        return answer, None
+        sent: list[Flying] = []
+        objects: dict[Connection, list[Wanted]] = {}
+        for request in requests:
+            key, packet, args = request
+            answer = Answer()
+            conn = self._open_link(key) if app.ready else None
+            if conn is None:
+                answer.fail(None, "no connection")
+            elif packet is AskObject:
+                objects.setdefault(conn, []).append((*args, answer))
+            else:
+                conn.ask(packet, *args).then(answer.set, answer.fail)
+            sent.append((request, answer, conn))
+        _ask_all(objects)
+        return sent
 
     # --- objects ----------------------------------------------------------------------
 
@@ -281,11 +332,11 @@ class Reader:
             if other is None:
                 break
             conn = other.conn
-            # With a timeout, because the other one may go on with another connection.
+            # With a timeout, if the other one may go on with another connection.
             app.runtime.wait(
                 lambda o=other: self.loads.get(oid) is not o,  # type: ignore[misc]
                 () if conn is None else (conn,),
-                60,
+                None if isinstance(other, Prefetch) else 60,
             )
         load = self.loads[oid] = Load(app.session)
         try:
@@ -350,12 +401,12 @@ class Reader:
         if not good:
             raise NEOStorageCreationUndoneError(oid, serial)
         data = good[0]
-        end = self._loaded(load, oid, serial, end, data)
+        end = self.loaded(load, oid, serial, end, data)
         if end is not None and app.last_tid is not None and end > app.last_tid:
             end = None
         return data, serial, end
 
-    def _loaded(
+    def loaded(
         self, load: Load, oid: bytes, serial: bytes, end: bytes | None, data: bytes
     ) -> bytes | None:
         """Let a revision enter the cache; return its end. Source: behaviour.md 9.4."""
@@ -370,62 +421,42 @@ class Reader:
 
     def prefetch(self, oids: Iterable[bytes], before: bytes) -> None:
         """Read objects into the cache; returns once all are asked."""
-        app = self.app
+        app, loads = self.app, self.loads
         app.connect()
         assert app.last_tid is not None
         before = min(before, add64(app.last_tid, 1))
-        flying: set[int] = set()
-        conns: dict[Connection, None] = {}
-        number = 0
-        for oid in oids:
-            if len(flying) >= WINDOW:
-                app.runtime.wait(lambda: len(flying) < WINDOW // 2, tuple(conns))
-            if oid in self.loads or app.cache.load(oid, before) is not None:
-                continue
-            if not app.ready:
-                return
-            answer, conn = self._prefetch(oid, before)
-            if conn is None:
-                continue
-            number += 1
-            flying.add(number)
-            conns[conn] = None
-            answer.append(lambda n=number: flying.discard(n))  # type: ignore[misc]
+        flying: set[Prefetch] = set()
+        asking: dict[Connection, list[Wanted]] = {}
+        try:
+            for oid in oids:
+                if len(flying) >= WINDOW:
+                    _ask_all(asking)
+                    conns = {load.conn: None for load in flying if load.conn}
+                    app.runtime.wait(lambda: len(flying) < WINDOW // 2, tuple(conns))
+                if oid in loads or app.cache.load(oid, before) is not None:
+                    continue
+                if not app.ready:
+                    return
+                conn = self._open_link(oid)
+                if conn is None:
+                    continue
+                load = loads[oid] = Prefetch(self, oid, flying)
+                load.conn = conn
+                wanted = asking.setdefault(conn, [])
+                wanted.append((oid, None, before, load))
+                if len(wanted) == TOGETHER:
+                    ask_objects(conn, asking.pop(conn))
+        finally:
+            _ask_all(asking)
 
-    def _prefetch(
-        self, oid: bytes, before: bytes
-    ) -> tuple[list[Callable[[], object]], Connection | None]:
+    def _open_link(self, key: bytes) -> Connection | None:
+        """The connection, if there is one, to a readable cell of a partition."""
         app = self.app
-        load = Load(app.session)
-        ended: list[Callable[[], object]] = []
-        for nid in self._order(app.pt.partition_of(oid)):
+        for nid in self._order(app.pt.partition_of(key)):
             conn = app.links.get(nid)
             if conn is not None and conn.node is not None:
-                break
-        else:
-            return ended, None
-
-        def end() -> None:
-            if self.loads.get(oid) is load:
-                del self.loads[oid]
-            for callback in ended:
-                callback()
-
-        def done(*answer: Any) -> None:
-            _, serial, following, compression, checksum, data, _ = answer
-            if compression is not None and sha1(data).digest() == checksum:
-                try:
-                    data = decompress(compression, data)
-                except ValueError:  # a load will say it
-                    pass
-                else:
-                    self._loaded(load, oid, serial, following, data)
-            end()
-
-        self.loads[oid] = load
-        load.conn = conn
-        conn.ask(AskObject, oid, None, before).then(done, lambda code, text: end())
-        return ended, conn
+                return conn
+        return None
 
     def record(self, oid: bytes, at: bytes) -> tuple[bytes | None, bytes | None]:
         """(data, data serial) of a revision; KeyError if there is none."""

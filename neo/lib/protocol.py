@@ -986,6 +986,8 @@ FEATURE_CHECK = b"check"
 # progress; they are finished in the order of their tids: between a client and its
 # master.
 FEATURE_IMPORT = b"import"
+# Many objects are asked in one packet: between a client and a storage.
+FEATURE_OBJECTS = b"objects"
 # What the primary waits for, as told to people: from an admin to a master.
 FEATURE_AWAITED = b"awaited"
 
@@ -1095,3 +1097,16 @@ def AnswerLastTids(tids: Sequence[tuple[UInt, Tid, Tid]]) -> None:
 @packet(0x7008, "M -> S", AnswerLastTids)
 def AskLastTids(partitions: Sequence[UInt]) -> None:
     """Ask how recent partitions are, before they are served (feature `check`)."""
+
+
+@packet(0xF009, "S -> C")
+def AnswerObjects(
+    rows: Sequence[tuple[Tid, Tid | None, int | None, Hash, bytes, Tid | None] | None],
+    codes: Sequence[UInt],
+) -> None:
+    """As AnswerObject for some; why, for each None (NOT_READY: ask it alone)."""
+
+
+@packet(0x7009, "C -> S", AnswerObjects)
+def AskObjects(wanted: Sequence[tuple[Oid, Tid | None, Tid | None]]) -> None:
+    """As AskObject for each (feature `objects`)."""

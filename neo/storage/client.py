@@ -21,6 +21,7 @@ from neo.lib.protocol import (
     AnswerFinalTID,
     AnswerObject,
     AnswerObjectHistory,
+    AnswerObjects,
     AnswerObjectUndoSerial,
     AnswerOIDsFrom,
     AnswerSize,
@@ -29,9 +30,18 @@ from neo.lib.protocol import (
     AnswerTransactionInformation,
     ErrorCode,
 )
+from neo.lib.util import Pieces, u64
 
 from .background import Slices
-from .database.interface import Metadata, Oid, Reader, Tid, Value
+from .database.interface import (
+    Metadata,
+    Oid,
+    Reader,
+    StreamedRevision,
+    Tid,
+    Value,
+    Wanted,
+)
 from .database.interface import Transaction as TransactionRow
 from .locks import READABLE, Transaction, Write
 
@@ -51,6 +61,8 @@ SHORT_UNDO = 4  # oids
 LOADS = 100
 # Objects that one query looks for, of those that are stored together.
 STORES = 500
+# Bytes of the objects of one packet, or little more.
+OBJECTS_SIZE = 1 << 18
 # Longest list that one request gets (its client asks for the rest).
 PAGE_MAX = 1 << 16
 
@@ -58,6 +70,13 @@ PAGE_MAX = 1 << 16
 def not_readable() -> Refused:
     """The client's partition table is not ours: it tries another node."""
     return Refused(ErrorCode.NON_READABLE_CELL)
+
+
+def _answer(
+    conn: Connection, msg_id: int, oid: Oid, revision: StreamedRevision
+) -> None:
+    send = conn.send if type(revision[4]) is bytes else conn.send_stream
+    send(AnswerObject, msg_id, (oid, *revision))
 
 
 class ClientHandler(Handler):
@@ -101,10 +120,49 @@ class ClientHandler(Handler):
         revision = self.load(oid, at, before)
         if revision is None:
             raise self._not_found(oid)
-        if type(revision[4]) is bytes:
-            conn.send(AnswerObject, conn.message_id, (oid, *revision))
-        else:
-            conn.send_stream(AnswerObject, conn.message_id, (oid, *revision))
+        _answer(conn, conn.message_id, oid, revision)
+
+    def ask_objects(self, conn: Connection, wanted: Sequence[Wanted]) -> None:
+        if not wanted:
+            raise ProtocolError("no object is asked")
+        wanted = wanted[:LOADS]
+        applied = [
+            one
+            for one in wanted
+            if self._is_readable(one[0]) and one[0] not in self.pending_by_oid
+        ]
+        found = iter(self.backend.load_many(applied))
+        rows: list[Any] = []
+        codes = []
+        size = 0
+        for one in wanted:
+            oid = one[0]
+            row: StreamedRevision | Transaction | None = None
+            code = None
+            if not self._is_readable(oid):
+                code = ErrorCode.NON_READABLE_CELL
+            elif oid in self.pending_by_oid:
+                row = self.pending.load(*one)
+            else:
+                row = next(found)
+            if isinstance(row, Transaction):
+                row, code = None, ErrorCode.NOT_READY
+            elif row is None:
+                code = code or self._not_found(oid).code
+            elif isinstance(row[4], Pieces):
+                row[4].parts.close()
+                row, code = None, ErrorCode.NOT_READY
+            else:
+                size += len(row[4])
+            if code is not None:
+                codes.append(code)
+            rows.append(row)
+            if size > OBJECTS_SIZE:
+                break
+        conn.answer(AnswerObjects, rows, codes)
+
+    def _is_readable(self, oid: Oid) -> bool:
+        return self.access[u64(oid) % self.np] == READABLE
 
     def _not_found(self, oid: Oid) -> Refused:
         known = oid in self.pending_by_oid or self.backend.last_tid_of(oid) is not None
@@ -522,7 +580,7 @@ class Together(ClientHandler):
                 if revision is None:
                     refuse(conn, msg_id, self._not_found(oid))
                 else:
-                    conn.send(AnswerObject, msg_id, (oid, *revision))
+                    _answer(conn, msg_id, oid, revision)
 
     # --- metadata -----------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from neo.lib.node import Node, nid_str
 from neo.lib.protocol import (
     FEATURE_CHECK,
     FEATURE_EARLY_VOTE,
+    FEATURE_OBJECTS,
     FEATURE_SIZE,
     FEATURES,
     AcceptIdentification,
@@ -176,7 +177,12 @@ class Identification(Handler):
             offered: tuple[bytes, ...] = (FEATURE_CHECK,)
             if peer.type is NodeType.CLIENT:
                 peer.extra["features"] = wanted
-                offered = (FEATURE_SIZE, FEATURE_EARLY_VOTE, FEATURE_CHECK)
+                offered = (
+                    FEATURE_SIZE,
+                    FEATURE_EARLY_VOTE,
+                    FEATURE_OBJECTS,
+                    FEATURE_CHECK,
+                )
             conn.notify(NotifyFeatures, offered)
 
     def look_again(self) -> None:

@@ -59,7 +59,7 @@ def test_big_value(tmp_path: Path, mode: str, size: int) -> None:
     value = 0, sha1(data).digest()
     assert db.load(ZERO_OID) == (p64(5), None, *value, data, None)
     assert db.background.load(ZERO_OID) == (p64(5), None, *value, data, None)
-    streamed = db.load_streamed(ZERO_OID)
+    streamed = db.load_many([(ZERO_OID, None, p64(6))] * 20)[3]
     assert streamed is not None
     found = streamed[4]
     if mode == "wal" and size > sqlite.BIG:

@@ -556,7 +556,8 @@ def test_features() -> None:
     h.client()
     peer = identify(h, C1, 2.5, extra={b"features": (b"size",)})
     peer.expect(AcceptIdentification)
-    assert peer.receive(NotifyFeatures) == ((b"size", b"early-vote", b"check"),)
+    features = b"size", b"early-vote", b"objects", b"check"
+    assert peer.receive(NotifyFeatures) == (features,)
     assert peer.ask(AskSize)[0] > 0
 
 

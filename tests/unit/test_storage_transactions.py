@@ -29,6 +29,7 @@ from neo.lib.protocol import (
     AskLockInformation,
     AskObject,
     AskObjectHistory,
+    AskObjects,
     AskObjectUndoSerial,
     AskOIDsFrom,
     AskStoreObject,
@@ -47,7 +48,7 @@ from neo.lib.protocol import (
     NotifyUnlockInformation,
     StopOperation,
 )
-from neo.storage import pending, transactions
+from neo.storage import client, pending, transactions
 from neo.storage.database.memory import MemoryBackend
 
 from .storage_harness import OUT, UP, Harness, Peer, number
@@ -959,6 +960,57 @@ def test_spill_that_ends_after_the_vote(
 
 
 # --- reads ---------------------------------------------------------------------
+
+
+def test_many_objects_in_one_packet(h: Harness) -> None:
+    c = h.client()
+    c.commit(T1, T1, {A: b"a", B: b"b"})
+    c.commit(T2, T2, {A: b"A", C: None}, {A: T1})
+    c.store(T3, B, b"later", T1)
+    c.vote(T3, B)
+    h.m.lock(T3, T4)
+    c.packets()
+    a = c.load(A, before=T2)
+    c.store(T5, ODD, b"odd")
+    c.vote(T5, ODD)
+    h.m.lock(T5, T6)
+    h.m.unlock(T5)
+    c.packets()
+    wanted = [(A, None, T2), (A, T2, None), (B, None, T5), (C, None, T2), (C, T2, None)]
+    nothing = number(7), None, None
+    rows, codes = c.ask(AskObjects, [*wanted, nothing, (ODD, None, None)])
+    assert rows[0] == a[1:]
+    assert [row and row[4] for row in rows[:3]] == [b"a", b"A", None]
+    assert [row and row[4] for row in rows[3:]] == [None, b"", None, b"odd"]
+    assert codes == (
+        ErrorCode.NOT_READY,  # it may be committed in a moment
+        ErrorCode.OID_NOT_FOUND,
+        ErrorCode.OID_DOES_NOT_EXIST,
+    )
+    c.send(AskObjects, [])
+    refused(c)
+
+
+def test_objects_of_other_nodes() -> None:
+    h = Harness()
+    h.operate([[(1, UP)], [(2, UP)]])
+    c = h.client()
+    c.commit(T1, T1, {A: b"a"})
+    c.packets()
+    rows, codes = c.ask(AskObjects, [(ODD, None, None), (A, None, None)])
+    assert [row and row[4] for row in rows] == [None, b"a"]
+    assert codes == (ErrorCode.NON_READABLE_CELL,)
+
+
+def test_size_of_many_objects(h: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "OBJECTS_SIZE", 5)
+    c = h.client()
+    c.commit(T1, T1, {A: b"aaa", B: b"bbb", C: b"ccc"})
+    wanted = [(oid, None, None) for oid in (A, B, C)]
+    assert len(c.ask(AskObjects, wanted)[0]) == 2
+    assert len(c.ask(AskObjects, wanted[2:])[0]) == 1
+    monkeypatch.setattr(client, "LOADS", 1)
+    assert len(c.ask(AskObjects, wanted)[0]) == 1
 
 
 def loading_together() -> Harness:

@@ -146,8 +146,8 @@ class Reader(Protocol):
     ) -> StreamedRevision | None:
         """As `load`; what is big is read later, but before anything else is done."""
 
-    def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
-        """As `load` for each; one query if `Backend.loads_together`."""
+    def load_many(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
+        """As `load_streamed` for each, if possible with less queries."""
 
     def spilled(self, data_id: int) -> Value:
         """The value that `Backend.spill` returned this id for, once committed."""

@@ -19,6 +19,7 @@ from neo.lib.util import p64, u64
 from .interface import (
     Oid,
     Revision,
+    StreamedRevision,
     Tid,
     Transaction,
     Value,
@@ -257,8 +258,8 @@ class MySQLReader(SQLReader):
         " LEFT JOIN data ON data.id = o.data_id"
     )
 
-    def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
-        result: list[Revision | None] = [None] * len(wanted)
+    def load_many(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
+        result: list[StreamedRevision | None] = [None] * len(wanted)
         queries = []
         bounded = {}
         for i, (oid, at, before) in enumerate(wanted):

@@ -163,8 +163,8 @@ class SQLReader(ABC):
             return self.LOAD_AT, (partition, number, bound)
         return self.LOAD_LAST, (partition, number)
 
-    def load_many(self, wanted: Sequence[Wanted]) -> list[Revision | None]:
-        return [self.load(oid, at, before) for oid, at, before in wanted]
+    def load_many(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
+        return [self.load_streamed(oid, at, before) for oid, at, before in wanted]
 
     SPILLED = "SELECT hash, value, compression FROM data WHERE id = ?"
 

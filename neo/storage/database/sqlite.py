@@ -28,11 +28,12 @@ from urllib.parse import quote
 from zc.lockfile import LockError, LockFile
 
 from neo.lib.exception import BackendError, ConfigurationError, DatabaseLocked
-from neo.lib.util import Pieces
+from neo.lib.protocol import MAX_TID
+from neo.lib.util import Pieces, u64
 
 from . import schema
-from .interface import Oid, Revision, StreamedRevision, Tid
-from .reader import Layout, Row, SQLReader, revision
+from .interface import Oid, Revision, StreamedRevision, Tid, Wanted
+from .reader import ID_MAX, Layout, Row, SQLReader, revision
 from .sql import SQLBackend
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ CHECKPOINT_PAGES = 1000  # of the log that make a checkpoint worth its while
 LOG_PAGES_MAX = 16 * CHECKPOINT_PAGES  # beyond, the writer does it itself
 COPY_SIZE = 1 << 20  # bytes
 BIG = 1 << 16  # values that are not read by a query (bytes)
+VALUE = f"IIF(LENGTH(value) > {BIG}, LENGTH(value), value)"
+MANY = 32  # objects that one query loads at most
 PIECE = 1 << 16  # of them, read at once (bytes)
 WHOLE_LOADS = SQLReader.LOAD_LAST, SQLReader.LOAD_BEFORE, SQLReader.LOAD_AT
 UNSAFE_JOURNALS = ("off", "memory")
@@ -58,6 +61,26 @@ TYPES = {
     "blob": "BLOB",
     "blob24": "BLOB",
 }
+
+
+# Greatest tid of an object below the one that is given.
+_LAST_BEFORE = (
+    "(SELECT MAX(m.tid) FROM obj AS m WHERE"
+    " m.partition = w.partition AND m.oid = w.oid AND m.tid < w.tid)"
+)
+
+
+def _load_many(following: str, tid: str) -> str:
+    """Rows (number, then as `LOAD_...`) for MANY times (partition, oid, tid)."""
+    values = ", ".join(f"({number}, ?, ?, ?)" for number in range(MANY))
+    return (
+        f"WITH w(number, partition, oid, tid) AS (VALUES {values})"
+        " SELECT number, o.tid, (SELECT MIN(n.tid) FROM obj AS n WHERE"
+        f" n.partition = w.partition AND n.oid = w.oid AND n.tid {following} w.tid),"
+        f" o.data_id, o.value_tid, compression, hash, {VALUE} FROM w CROSS JOIN obj"
+        f" AS o ON o.partition = w.partition AND o.oid = w.oid AND o.tid = {tid}"
+        " LEFT JOIN data ON data.id = o.data_id"
+    )
 
 
 class Location(NamedTuple):
@@ -132,10 +155,7 @@ class SQLiteReader(SQLReader):
     # What is big is read apart, and its size here: queries copy each page of it several
     # times (1 MiB: 1.4 ms instead of 0.5).
     LOAD_LAST, LOAD_BEFORE, LOAD_AT = (
-        load.replace(
-            " value ", f" IIF(LENGTH(value) > {BIG}, LENGTH(value), value) ", 1
-        )
-        for load in WHOLE_LOADS
+        load.replace(" value ", f" {VALUE} ", 1) for load in WHOLE_LOADS
     )
 
     def load(
@@ -167,6 +187,39 @@ class SQLiteReader(SQLReader):
                 return tid, next_tid, compression, checksum, pieces, value_tid
             # Deleted in between, unless it is damaged.
         return revision(row)
+
+    # A query takes 6 us, of which Python's half and more: 32 objects at once, 2.7 each.
+    LOAD_MANY_BEFORE = _load_many(">=", _LAST_BEFORE)
+    LOAD_MANY_AT = _load_many(">", "w.tid")
+
+    def load_many(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
+        found: list[StreamedRevision | None] = []
+        for start in range(0, len(wanted), MANY):
+            found += self._load_some(wanted[start : start + MANY])
+        return found
+
+    def _load_some(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
+        """At most MANY."""
+        bounds = [at or before for _, at, before in wanted]
+        count = sum(1 for _, _, before in wanted if before is None)
+        if len(wanted) < MANY // 4 or None in bounds or 0 < count < len(wanted):
+            return super().load_many(wanted)
+        args: list[int] = []
+        np = self.layout.partitions
+        for (oid, _, _), bound in zip(wanted, bounds, strict=True):
+            number, tid = u64(oid), u64(bound or MAX_TID)
+            if number > ID_MAX or tid > ID_MAX:
+                return super().load_many(wanted)
+            args += number % np, number, tid
+        args += [-1] * (3 * MANY - len(args))  # nothing
+        found: list[StreamedRevision | None] = [None] * len(wanted)
+        sql = self.LOAD_MANY_AT if count else self.LOAD_MANY_BEFORE
+        for number, *row in self._query(sql, args):
+            if type(row[6]) is int:  # it is big
+                found[number] = self.load_streamed(*wanted[number])
+            else:
+                found[number] = revision(tuple(row))
+        return found
 
     def _open_value(self, data_id: int) -> Pieces | None:
         """A value; None if there is none, or it is no blob."""
