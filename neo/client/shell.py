@@ -50,7 +50,7 @@ from neo.lib.protocol import NodeType
 from neo.lib.runtime import HeapTimer, T, Throttle
 from neo.lib.spin import Processors, Spin
 from neo.lib.tls import TLS
-from neo.lib.transport import DRAIN, SocketTransport
+from neo.lib.transport import DRAIN, SocketTransport, start_when_allowed
 from neo.lib.util import Address
 
 BATCH = 32 << 10  # bytes queued by objects stored one by one before they are sent
@@ -154,6 +154,9 @@ class ShellTransport(SocketTransport):
 
     def flush_soon(self) -> None:
         self.runtime.dirty.append(self)
+
+    def refused(self) -> None:
+        self.runtime.throttle.refused(self.conn.address)
 
     def drain(self) -> None:
         if self.in_recv:
@@ -280,20 +283,22 @@ class ShellRuntime:
         conn = Connection(self, transport, address, handler, incoming=False)
         transport.conn = conn
         self.transports[transport.fd] = transport
-        delay = self.throttle.delay(address, time.monotonic())
 
-        def start() -> None:
-            if not conn.closed:
+        def start(local: socket.socket | None) -> None:
+            if conn.closed:
+                if local is not None:
+                    local.close()
+            else:
                 transport.started = True
                 try:
-                    transport.connect(address)
+                    transport.connect(address, local)
                 except OSError as error:
                     transport.close()
                     conn.lost(str(error))
                 else:
                     transport.changed()
 
-        self.call_later(delay, start)
+        start_when_allowed(self, self.throttle, address, start)
         if self._thread is None:
             self._start()
         return conn

@@ -34,6 +34,7 @@ from .transport import (
     listen_local,
     new_socket,
     peer_of,
+    start_when_allowed,
 )
 from .util import Address
 
@@ -85,6 +86,9 @@ class EpollTransport(SocketTransport):
 
     def flush_soon(self) -> None:
         self.loop.dirty.append(self)
+
+    def refused(self) -> None:
+        self.loop.throttle.refused(self.conn.address)
 
     def drain(self) -> None:
         loop = self.loop
@@ -154,7 +158,7 @@ class EpollRuntime:
         self.draining: dict[EpollTransport, None] = {}
         self._timers: list[tuple[float, int, HeapTimer]] = []
         self._order = count()
-        self._throttle = Throttle()
+        self.throttle = Throttle()
         self._workers: dict[str, Worker] = {}
         self._completed: deque[Callable[[], object]] = deque()
         self._monotonic = time.monotonic()
@@ -189,14 +193,15 @@ class EpollRuntime:
         transport = EpollTransport(self, new_socket(address), server_side=False)
         conn = Connection(self, transport, address, handler, incoming=False)
         transport.conn = conn
-        delay = self._throttle.delay(address, time.monotonic())
 
-        def start() -> None:
+        def start(local: socket.socket | None) -> None:
             if conn.closed:
-                self._throttle.cancelled(address)
+                self.throttle.cancelled(address)
+                if local is not None:
+                    local.close()
             else:
                 try:
-                    transport.connect(address)
+                    transport.connect(address, local)
                 except OSError as error:
                     transport.close()
                     conn.lost(str(error))
@@ -204,11 +209,11 @@ class EpollRuntime:
                     transport.changed()
 
         # Never from inside the caller: it hasn't got the connection yet.
-        self.call_later(delay, start)
+        start_when_allowed(self, self.throttle, address, start)
         return conn
 
     def connection_succeeded(self, address: Address) -> None:
-        self._throttle.succeeded(address, time.monotonic())
+        self.throttle.succeeded(address, time.monotonic())
 
     def listen(
         self, address: Address, accept: Callable[[Connection], object]

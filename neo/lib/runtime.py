@@ -135,6 +135,7 @@ class Throttle:
 
     def __init__(self) -> None:
         self._not_before: dict[Address, float] = {}
+        self._absent: dict[Address, None] = {}  # where nobody listened
         self._lifted: dict[Address, float] = {}  # when it was, last
 
     def delay(self, address: Address, monotonic: float) -> float:
@@ -146,6 +147,14 @@ class Throttle:
             }
         self._not_before[address] = start + RECONNECTION_DELAY
         return start - monotonic
+
+    def refused(self, address: Address) -> None:
+        """Nobody listens there: who can look without being noticed may do so."""
+        self._absent[address] = None
+
+    def was_refused(self, address: Address) -> bool:
+        """Whether the last attempt was; asked once."""
+        return self._absent.pop(address, 0) is None
 
     def cancelled(self, address: Address) -> None:
         """An attempt that was deferred is not made: it must not defer the next one."""

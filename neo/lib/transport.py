@@ -15,11 +15,13 @@ import errno
 import os
 import socket
 import ssl
+import time
 from abc import abstractmethod
+from collections.abc import Callable
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
-from .runtime import Transport
+from .runtime import Runtime, Throttle, Transport
 from .tls import ALERT, CLIENT_HELLO, TLSStream, explain
 from .util import Address, format_address
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 # Bytes on their way through a Unix socket, if the system allows it: fewer wake-ups.
 LOCAL_BUFFER = 1 << 20
 DRAIN = 2.0  # seconds that a peer has to close, once all was sent to it
+LOOK = 0.05  # seconds between two looks whether somebody listens
 DRAINING_MAX = 64  # connections of a process that wait for it
 _UCRED = Struct("3i")  # pid, uid, gid of a peer
 # With these, a peer whose machine vanished is noticed after about 90 s.
@@ -83,6 +86,33 @@ def connect_local(address: Address) -> socket.socket | None:
         sock.close()
         return None
     return sock
+
+
+def start_when_allowed(
+    runtime: Runtime,
+    throttle: Throttle,
+    address: Address,
+    start: Callable[[socket.socket | None], object],
+) -> None:
+    """Call `start` when the throttle allows it; earlier with a Unix socket that appears
+    where nobody listened: the cluster is being started.
+    """
+    now = time.monotonic()
+    delay = throttle.delay(address, now)
+    due = now + delay
+    if not throttle.was_refused(address) or local_name(address) is None:
+        runtime.call_later(delay, lambda: start(None))
+        return
+
+    def look() -> None:
+        local = connect_local(address)
+        left = due - time.monotonic()
+        if local is not None or left <= 0:
+            start(local)
+        else:
+            runtime.call_later(min(LOOK, left), look)
+
+    runtime.call_later(min(LOOK, delay), look)
 
 
 def peer_of(sock: socket.socket, address: Any) -> Address:
@@ -144,6 +174,10 @@ class SocketTransport(Transport):
     def drain(self) -> None:
         """`draining` is set: call `close` in `DRAIN` seconds, or now."""
 
+    @abstractmethod
+    def refused(self) -> None:
+        """Nobody listens at the address."""
+
     @property
     def wants_write(self) -> bool:
         """Whether to call `writable` when the socket is."""
@@ -151,10 +185,13 @@ class SocketTransport(Transport):
 
     # --- connection -----------------------------------------------------------------
 
-    def connect(self, address: Address) -> None:
-        """Start connecting; the outcome comes to `writable`."""
+    def connect(self, address: Address, local: socket.socket | None) -> None:
+        """Start connecting; the outcome comes to `writable`.
+
+        `local`: connected already, through a Unix socket.
+        """
         self.connecting = True
-        local = connect_local(address)
+        local = local or connect_local(address)
         if local is not None:
             # Others know the number of our descriptor.
             os.dup2(local.fileno(), self.sock.detach(), inheritable=False)
@@ -166,7 +203,7 @@ class SocketTransport(Transport):
             return
         status = self.sock.connect_ex(address)
         if status not in (0, errno.EINPROGRESS):
-            self._fail(os.strerror(status))
+            self._unreachable(status)
 
     def accepted(self) -> None:
         """The peer connected to us."""
@@ -178,11 +215,16 @@ class SocketTransport(Transport):
         self.connecting = False
         status = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if status:
-            self._fail(os.strerror(status))
+            self._unreachable(status)
         elif self.tls is None:
             self.conn.established()
         else:
             self._shake()
+
+    def _unreachable(self, status: int) -> None:
+        if status == errno.ECONNREFUSED:
+            self.refused()
+        self._fail(os.strerror(status))
 
     def _shake(self) -> bool:
         """Go on with the TLS handshake; true if it is over."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from neo.lib import runtime
 from neo.lib.connection import Connection
 from neo.lib.epoll import EpollRuntime, EpollTransport
 from neo.lib.exception import BackendError
@@ -31,7 +32,7 @@ from neo.lib.protocol import (
     NotifyUnlockInformation,
 )
 from neo.lib.tls import TLS
-from neo.lib.transport import connect_local, local_name
+from neo.lib.transport import LOOK, connect_local, local_name
 from tests.cluster.harness import free_port
 
 HOSTS = ["127.0.0.1", "::1"]
@@ -166,6 +167,28 @@ def test_refused_and_throttled(loop: EpollRuntime) -> None:
     loop.connect(address, client)
     turn_until(loop, lambda: len(client.reasons) == 3)
     assert time.monotonic() - start >= 1
+
+
+def test_who_listens_later_is_noticed(
+    loop: EpollRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine, who was refused needs not wait for the throttle."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    first, second = Peer(loop), Peer(loop)
+    loop.connect(address, first)
+    turn_until(loop, lambda: first.reasons)
+    monkeypatch.setattr(runtime, "RECONNECTION_DELAY", 1000)
+    loop.throttle.delay(address, time.monotonic())  # an attempt
+    loop.connect(address, second)
+    server = Peer(loop)
+    loop.listen(address, server.accept)
+    if loop.tcp_only:
+        for _ in range(5):
+            loop.turn(LOOK)
+        assert not server.conns
+    else:
+        turn_until(loop, lambda: second.ready)
 
 
 def test_no_throttle_after_success(loop: EpollRuntime) -> None:

@@ -17,6 +17,15 @@ def test_failures_are_spaced() -> None:
     assert throttle.delay(HERE, 12) == 0
 
 
+def test_refusal_is_told_once() -> None:
+    """It says nothing of the attempts that follow."""
+    throttle = Throttle()
+    throttle.refused(HERE)
+    assert not throttle.was_refused(THERE)
+    assert throttle.was_refused(HERE)
+    assert not throttle.was_refused(HERE)
+
+
 def test_loss_of_a_session() -> None:
     """However short it was, the first attempt that follows is made at once."""
     throttle = Throttle()

@@ -24,6 +24,7 @@ class Transport(SocketTransport):
     """A socket that nobody polls."""
 
     drained = 0
+    refusals = 0
 
     def changed(self) -> None:
         """Nobody is interested."""
@@ -33,6 +34,9 @@ class Transport(SocketTransport):
 
     def drain(self) -> None:
         self.drained += 1
+
+    def refused(self) -> None:
+        self.refusals += 1
 
 
 class Pair:
@@ -165,10 +169,11 @@ def test_cannot_connect() -> None:
     transport.conn = conn
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        transport.connect(unused.getsockname())
+        transport.connect(unused.getsockname(), None)
         select.select([], [transport.sock], [], PATIENCE)
         transport.writable()
     assert transport.fd == -1
+    assert transport.refusals == 1
     assert conn.reason == os.strerror(errno.ECONNREFUSED)
 
 
