@@ -606,6 +606,9 @@ class Transactions:
         transaction.waiting = dict.fromkeys(involved)
         for storage in involved.values():
             storage.ask(AskLockInformation, ttid, tid, transaction.approved)
+            if len(self.queue) == 1:
+                # The begin of the next one, which came along, can wait.
+                storage.transport.flush()
         if transaction.imposed:
             del self._imposed[ttid]
             self._retry_begins()

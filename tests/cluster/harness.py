@@ -120,8 +120,12 @@ def disturb(env: dict[str, str]) -> None:
     if host := env.get("NEO_TEST_VIA"):
         connect = SocketTransport.connect
 
-        def connect_via(self: SocketTransport, address: Address) -> None:
-            connect(self, (host, address[1]))
+        def connect_via(
+            self: SocketTransport, address: Address, local: socket.socket | None
+        ) -> None:
+            if local is not None:
+                local.close()
+            connect(self, (host, address[1]), None)
 
         SocketTransport.connect = connect_via  # type: ignore[method-assign]
     if path := env.get("NEO_TEST_CLOCK"):

@@ -180,13 +180,14 @@ def test_who_listens_later_is_noticed(
     turn_until(loop, lambda: first.reasons)
     monkeypatch.setattr(runtime, "RECONNECTION_DELAY", 1000)
     loop.throttle.delay(address, time.monotonic())  # an attempt
-    loop.connect(address, second)
+    conn = loop.connect(address, second)
     server = Peer(loop)
     loop.listen(address, server.accept)
     if loop.tcp_only:
         for _ in range(5):
             loop.turn(LOOK)
         assert not server.conns
+        conn.close()
     else:
         turn_until(loop, lambda: second.ready)
 
