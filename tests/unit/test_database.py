@@ -388,12 +388,14 @@ def test_load_many(db: Backend) -> None:
         for before in (None, p64(120), p64(0), p64(200), MAX_TID, INVALID_TID)
         for oid in range(45)
     ]
-    wanted += [(p64(oid), p64(104), None) for oid in range(45)]
+    for before in None, p64(120):
+        wanted += [(p64(oid), p64(104), before) for oid in range(45)]
     wanted += [(HUGE, None, None), (HUGE, None, p64(1)), (p64(1), HUGE, None)]
     for reader in db, db.background:
         for some in (
             *(wanted, wanted[::-1], wanted[:45], wanted[45:90], wanted[::9], []),
             *(wanted[:1], wanted[90:135], wanted[270:315], wanted[270:300:3]),
+            *(wanted[300:345], wanted[325:350]),
         ):
             expected = [reader.load(*one) for one in some]
             assert reader.load_many(some) == expected

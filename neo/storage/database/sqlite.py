@@ -45,8 +45,8 @@ LOG_PAGES_MAX = 16 * CHECKPOINT_PAGES  # beyond, the writer does it itself
 COPY_SIZE = 1 << 20  # bytes
 BIG = 1 << 16  # values that are not read by a query (bytes)
 VALUE = f"IIF(LENGTH(value) > {BIG}, LENGTH(value), value)"
-MANY = 32  # objects that one query loads at most
 PIECE = 1 << 16  # of them, read at once (bytes)
+MANY = 32  # objects that one query loads at most
 WHOLE_LOADS = SQLReader.LOAD_LAST, SQLReader.LOAD_BEFORE, SQLReader.LOAD_AT
 UNSAFE_JOURNALS = ("off", "memory")
 TYPES = {
@@ -200,7 +200,7 @@ class SQLiteReader(SQLReader):
 
     def _load_some(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
         """At most MANY."""
-        bounds = [at or before for _, at, before in wanted]
+        bounds = [at if before is None else before for _, at, before in wanted]
         count = sum(1 for _, _, before in wanted if before is None)
         if len(wanted) < MANY // 4 or None in bounds or 0 < count < len(wanted):
             return super().load_many(wanted)
