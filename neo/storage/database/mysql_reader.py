@@ -264,15 +264,16 @@ class MySQLReader(SQLReader):
         bounded = {}
         for i, (oid, at, before) in enumerate(wanted):
             number = u64(oid)
-            if at is not None:
-                bound = u64(at)
+            is_exact = before is None and at is not None
+            if before is not None:
+                bound = clip(before) - 1
             else:
-                bound = ID_MAX if before is None else clip(before) - 1
+                bound = ID_MAX if at is None else u64(at)
             if max(number, bound) <= ID_MAX:
                 args = number % self.layout.partitions, number, bound, i
-                if at is None:
+                if not is_exact:
                     bounded[i] = args
-                query = self.LAST_WANTED if at is None else self.AT_WANTED
+                query = self.AT_WANTED if is_exact else self.LAST_WANTED
                 queries.append(render(query, args))
         rows = self._of_many(self.LOAD_MANY, queries)
         # Few ask for what is not the last revision any more.
