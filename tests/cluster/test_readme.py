@@ -156,7 +156,12 @@ def test_three_machines(tmp_path: Path, start: list[subprocess.Popen[str]]) -> N
 
     until(lambda: ctl("print", "node").count("PENDING") == 3, "storages", STEP_S)
     until(lambda: neoctl(admin, "start", "--wait", "30")[0] == 0, "start", STEP_S)
-    assert ctl("print", "node", "master").count("RUNNING") == 3
+    until(
+        # The last of them may still be joining.
+        lambda: ctl("print", "node", "master").count("RUNNING") == 3,
+        "masters",
+        STEP_S,
+    )
     assert client(masters, name, 1) == "None"
 
     def healthy() -> bool:
