@@ -86,6 +86,20 @@ def test_big_value_that_is_damaged(tmp_path: Path, damage: str) -> None:
     db.close()
 
 
+@pytest.mark.parametrize("tid", ["-9", "'text'"])
+def test_damaged_partition_table(tmp_path: Path, tid: str) -> None:
+    db = open_backend("SQLite", f"{tmp_path}/db")
+    start(db)
+    db.begin(False)
+    db.execute(f"UPDATE pt SET tid = {tid}")  # type: ignore[attr-defined]
+    db.commit()
+    with pytest.raises(BackendError, match="partition table is damaged"):
+        db.partition_table()
+    with pytest.raises(BackendError, match="partition table is damaged"):
+        db.own_cells()
+    db.close()
+
+
 # --- connection strings -----------------------------------------------------------
 
 

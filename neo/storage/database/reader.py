@@ -44,6 +44,14 @@ PAGE = 1000  # rows that an internal loop reads at once
 STATES: dict[int, CellState] = {state.value: state for state in CellState}
 
 
+def cell_state(tid: int) -> CellState:
+    """What column `tid` of `pt` says of a cell: its state, negative, or else a tid."""
+    try:
+        return STATES[max(0, -tid)]
+    except (KeyError, TypeError):
+        raise BackendError(f"the partition table is damaged: state {tid!r}") from None
+
+
 def clip(ident: bytes) -> int:
     """Integer of an id that is an upper bound."""
     return min(u64(ident), ID_MAX)
@@ -409,7 +417,7 @@ class SQLReader(ABC):
 
     def partition_table(self) -> list[tuple[int, int, CellState]]:
         rows = self._query("SELECT partition, nid, tid FROM pt ORDER BY partition, nid")
-        return [(partition, nid, STATES[max(0, -tid)]) for partition, nid, tid in rows]
+        return [(partition, nid, cell_state(tid)) for partition, nid, tid in rows]
 
     def own_cells(self) -> dict[int, OwnCell]:
         rows = self._query(
@@ -418,7 +426,7 @@ class SQLReader(ABC):
         )
         return {
             partition: OwnCell(
-                STATES[max(0, -tid)], p64(tid) if tid >= 0 else None, p64(pack or 0)
+                cell_state(tid), p64(tid) if tid >= 0 else None, p64(pack or 0)
             )
             for partition, tid, pack in rows
         }
