@@ -606,12 +606,14 @@ class Transactions:
         transaction.waiting = dict.fromkeys(involved)
         for storage in involved.values():
             storage.ask(AskLockInformation, ttid, tid, transaction.approved)
-            if len(self.queue) == 1:
-                # The begin of the next one, which came along, can wait.
-                storage.transport.flush()
         if transaction.imposed:
             del self._imposed[ttid]
             self._retry_begins()
+        if len(self.queue) == 1:
+            # The begin of the next one, which came along, can wait. Last, for who is
+            # lost by this may end the operation.
+            for storage in list(involved.values()):
+                storage.transport.flush()
 
     def _incomplete(self, reply: Reply, transaction: Transaction) -> None:
         reply.error(ErrorCode.INCOMPLETE_TRANSACTION)

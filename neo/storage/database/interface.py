@@ -147,7 +147,7 @@ class Reader(Protocol):
         """As `load`; what is big is read later, but before anything else is done."""
 
     def load_many(self, wanted: Sequence[Wanted]) -> list[StreamedRevision | None]:
-        """As `load_streamed` for each, if possible with less queries."""
+        """As `load_streamed` for each, if possible with fewer queries."""
 
     def spilled(self, data_id: int) -> Value:
         """The value that `Backend.spill` returned this id for, once committed."""
